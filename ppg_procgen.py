@@ -16,9 +16,8 @@ Algorithm 1 of the paper, and the function that does it:
 Shapes: N environments per process, T steps of a rollout, A actions, B samples. A segment is what one environment does
 in one rollout, T steps; minibatches are made of whole segments, and a phase has S = N_pi x N of them.
 
-    python ppg_procgen.py --track                                                    PPG, logged to wandb
-    python ppg_procgen.py --arch detach                                              PPG with a single network
-    python ppg_procgen.py --arch shared --e-policy 3 --e-value 3 --e-auxiliary 0     PPO
+Run `python ppg_procgen.py --track`; its single-network form with `--arch detach`; PPO with `--arch shared --e-policy 3
+--e-value 3 --e-auxiliary 0`; `--help` lists the rest.
 
 Deviations from the paper (P) and from the original code (O), github.com/openai/phasic-policy-gradient:
  1. O: under --arch detach the value loss of the auxiliary phase reaches the trunk, as in P; O stops it in both phases.
@@ -32,9 +31,7 @@ Deviations from the paper (P) and from the original code (O), github.com/openai/
 """
 
 import argparse
-import csv
 import ctypes
-import io
 import json
 import math
 import os
@@ -43,28 +40,28 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections import namedtuple
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import gym_notices.notices
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn as nn
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Categorical, kl_divergence
 from tqdm import tqdm
 
 gym_notices.notices.notices.clear()  # or gym prints a page about its successor
-import gym  # noqa: E402
-from gym3 import VideoRecorderWrapper  # noqa: E402
-from procgen import ProcgenGym3Env  # noqa: E402
+import gym
+from gym3 import VideoRecorderWrapper
+from procgen import ProcgenGym3Env
 
-RANK, LOCAL_RANK = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))  # set by torchrun
-WORLD_SIZE, LOCAL_WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
+torch.distributions.Distribution.set_default_validate_args(False)  # it synchronises a GPU at every call
+RANK, LOCAL_RANK = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))  # set by torchrun
+WORLD_SIZE, LOCAL_WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+CHECKPOINT_FORMAT = 1
 # fmt: off
 # R_min, R_max of each game: easy, then hard (Cobbe et al. 2019, arXiv 1912.01588, appendix C).
 RETURN_RANGES = {
@@ -72,20 +69,24 @@ RETURN_RANGES = {
     "chaser": (0.5, 13, 0.5, 14.2), "climber": (2, 12.6, 1, 12.6), "coinrun": (5, 10, 5, 10),
     "dodgeball": (1.5, 19, 1.5, 19), "fruitbot": (-1.5, 32.4, -0.5, 27.2), "heist": (3.5, 10, 2, 10),
     "jumper": (3, 10, 1, 10), "leaper": (3, 10, 1.5, 10), "maze": (5, 10, 4, 10), "miner": (1.5, 13, 1.5, 20),
-    "ninja": (3.5, 10, 2, 10), "plunder": (4.5, 30, 3, 30), "starpilot": (2.5, 64, 1.5, 35),
-}
+    "ninja": (3.5, 10, 2, 10), "plunder": (4.5, 30, 3, 30), "starpilot": (2.5, 64, 1.5, 35)}
+COLUMNS = [  # of metrics.csv
+    "iteration", "global_step", "episodes", "charts/episodic_return", "charts/episodic_length",
+    "charts/normalized_return", "charts/SPS", "charts/learning_rate", "time/rollout", "time/policy_phase",
+    "time/auxiliary_phase", "losses/policy_loss", "losses/value_loss", "losses/entropy", "losses/approx_kl",
+    "losses/old_approx_kl", "losses/clipfrac", "losses/explained_variance", "losses/aux/kl_loss",
+    "losses/aux/aux_value_loss", "losses/aux/real_value_loss", "eval/train_levels_return",
+    "eval/train_levels_normalized_return", "eval/all_levels_return", "eval/all_levels_normalized_return"]
 # Flags that do not change what is learned: beside --resume or --evaluate they may differ from those of the run.
-FREE_FLAGS = {
+FREE_FLAGS = (
     "resume", "evaluate", "total_timesteps", "cuda", "track", "wandb_project_name", "wandb_entity", "capture_video",
-    "runs_dir", "checkpoint_interval", "eval_interval", "eval_episodes", "env_threads", "aux_buffer_device",
-}
+    "runs_dir", "checkpoint_interval", "eval_interval", "eval_episodes", "env_threads", "aux_buffer_device")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line (None: the process's own). Bad input ends the process with a sentence and exit status 2."""
-    parser = argparse.ArgumentParser(
-        description="Phasic Policy Gradient (arXiv 2009.04416) on Procgen", usage="%(prog)s [flags] (--help: all flags)",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser("ppg_procgen.py", "%(prog)s [flags] (--help lists them)", allow_abbrev=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     switch = argparse.BooleanOptionalAction
     add = parser.add_argument_group("run").add_argument
     add("--exp-name", default="ppg_procgen", help="name of the experiment, a part of the run directory's name")
@@ -111,13 +112,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--env-threads", type=int, default=4, help="simulator threads per process")
     add("--total-timesteps", type=int, default=25_000_000, help="steps of the run, of all processes together")
     add = parser.add_argument_group("policy phase").add_argument
-    add("--arch", choices=("dual", "detach", "shared"), default="dual",
-        help="dual = two networks; detach = one, kept from the value loss in the policy phase; shared = one, as in PPO")
+    add("--arch", choices=("dual", "detach", "shared"), default="dual", help="two networks; one of PPG; one of PPO")
     add("--num-steps", type=int, default=256, help="T: steps of a rollout")
     add("--n-iteration", type=int, default=32, help="N_pi: policy iterations per phase")
     add("--e-policy", type=int, default=1, help="E_pi: policy epochs per iteration")
-    add("--e-value", "--v-value", type=int, default=1, help="E_V: value epochs per iteration, of their own "
-        "optimiser unless E_V = E_pi")
+    add("--e-value", "--v-value", type=int, default=1, help="E_V: value epochs; with an Adam of their own if not E_pi")
     add("--num-minibatches", type=int, default=8, help="minibatches per epoch, N / num_minibatches segments each")
     add("--learning-rate", type=float, default=5e-4, help="Adam step size of the policy phase")
     add("--anneal-lr", action=switch, default=False, help="lower all step sizes linearly to 0 over the run")
@@ -127,7 +126,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--reward-norm-gamma", type=float, default=0.99, help="discount of the return that scales the rewards")
     add("--reward-clip", type=float, default=10.0, help="bound of a normalised reward")
     add("--clip-coef", type=float, default=0.2, help="epsilon: clips the probability ratio; 0 = unclipped")
-    add("--kl-coef", type=float, default=0.0, help="beta: of the KL penalty; the KL variant has 1, and --clip-coef 0")
+    add("--kl-coef", type=float, default=0.0, help="beta: of the KL penalty; 1 in the KL variant, with --clip-coef 0")
     add("--ent-coef", type=float, default=0.01, help="beta_S: of the entropy bonus")
     add("--vf-coef", type=float, default=0.5, help="weight of the value head's mean squared error")
     add("--max-grad-norm", type=float, default=0.0, help="clips the L2 norm of the gradient; 0 = off")
@@ -142,57 +141,47 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("system").add_argument
     add("--precision", choices=("auto", "bf16", "bf16-aux", "fp32"), default="auto", help="bfloat16 convolutions "
         "always, in the auxiliary phase, never; auto = bf16 on a CPU, bf16-aux on a GPU, if they have fast bfloat16")
-    add("--aux-buffer-device", choices=("auto", "cpu", "cuda"), default="auto", help="where the observations of a "
-        "phase are kept; auto = on the GPU if they fit")
+    add("--aux-buffer-device", choices=("auto", "cpu", "cuda"), default="auto", help="home of a phase's observations")
 
     args = parser.parse_args(argv)
-    if args.resume and args.evaluate:
-        parser.error("--resume and --evaluate exclude each other")
     if source := args.resume or args.evaluate:
-        try:
-            saved = load_checkpoint(source)
-        except RunError as error:
-            parser.error(str(error))
+        saved = load_checkpoint(source, parser.error)
         # argparse sets a default only where the namespace lacks the name: flags not given keep the values of the run.
-        args, old = parser.parse_args(argv, argparse.Namespace(**saved["args"])), saved["args"]
-        changed = [f"--{k.replace('_', '-')} ({old[k]})" for k in old if k not in FREE_FLAGS and getattr(args, k) != old[k]]
-        if changed:
-            parser.error(f"leave out what would change the run in {source} (its values): {', '.join(changed)}")
+        args = parser.parse_args(argv, argparse.Namespace(**saved["args"] | {"resume": None, "evaluate": None}))
+        for name, old in saved["args"].items():
+            if name not in FREE_FLAGS and getattr(args, name) != old:
+                parser.error(f"--{name.replace('_', '-')} would change {source}, which has {old}: leave it out")
         if args.resume and WORLD_SIZE != len(saved["processes"]):
-            parser.error(f"{source} has {len(saved['processes'])} processes: continue it with as many, not {WORLD_SIZE}")
+            parser.error(f"{source} has {len(saved['processes'])} processes: give it as many, not {WORLD_SIZE}")
         if args.resume and args.total_timesteps < saved["run"]["global_step"]:
             parser.error(f"--total-timesteps must be at least the {saved['run']['global_step']} steps already made")
-
-    may_be_0 = {"seed", "checkpoint_interval", "eval_interval", "num_levels", "start_level", "e_auxiliary"}
+    may_be_0 = ("seed", "checkpoint_interval", "eval_interval", "num_levels", "start_level", "e_auxiliary")
     for name, value in vars(args).items():
         low = 1 if type(value) is int and name not in may_be_0 else 0
         high = 1 if name in ("gamma", "gae_lambda", "reward_norm_gamma") else 2e9
-        if isinstance(value, (int, float)) and not low <= value <= high:  # NaN too
+        if isinstance(value, (int, float)) and not low <= value <= high:  # a NaN neither
             parser.error(f"--{name.replace('_', '-')} must lie between {low} and {high:g}, not be {value}")
     rollout, segments = args.num_envs * args.num_steps * WORLD_SIZE, args.num_envs * args.n_iteration
-    if not re.fullmatch(r"[\w.+=-]+", args.exp_name):
-        parser.error(f"--exp-name must be made of letters, digits and . _ + = - only, not {args.exp_name!r}")
-    if args.num_envs % args.num_minibatches:
-        parser.error(f"--num-envs must be a multiple of --num-minibatches ({args.num_minibatches}), not {args.num_envs}")
-    if args.total_timesteps < rollout:
-        parser.error(f"--total-timesteps must be at least {rollout}, one rollout (num_envs x num_steps x processes)")
-    if args.e_auxiliary and segments % args.num_aux_rollouts:
-        parser.error(f"--num-aux-rollouts must divide {segments} (num_envs x n_iteration), not be {args.num_aux_rollouts}")
-    if args.num_aux_rollouts % args.n_aux_grad_accum:
-        parser.error(f"--n-aux-grad-accum must divide --num-aux-rollouts, {args.num_aux_rollouts}")
-    if args.aux_buffer_device == "cuda" and not (args.cuda and torch.cuda.is_available()):
-        parser.error("--aux-buffer-device cuda needs a GPU: leave it at auto")
+    for wrong, sentence in (
+        (args.resume and args.evaluate, "--resume and --evaluate exclude each other"),
+        (re.search(r"[^\w.+=-]", args.exp_name), "--exp-name must be made of letters, digits and . _ + = - only"),
+        (args.num_envs % args.num_minibatches, f"--num-minibatches must divide --num-envs, {args.num_envs}"),
+        (args.total_timesteps < rollout, f"--total-timesteps must be at least one rollout, {rollout} steps"),
+        (args.e_auxiliary and segments % args.num_aux_rollouts,
+         f"--num-aux-rollouts must divide {segments}, the segments of a phase (num_envs x n_iteration)"),
+        (args.num_aux_rollouts % args.n_aux_grad_accum, "--n-aux-grad-accum must divide --num-aux-rollouts"),
+        (args.aux_buffer_device == "cuda" and not (args.cuda and torch.cuda.is_available()),
+         "--aux-buffer-device cuda needs a GPU: leave it at auto")):
+        if wrong:
+            parser.error(sentence)
     return args
 # fmt: on
 
 
 # ---- networks --------------------------------------------------------------------------------------------------------
-
-
 def normed(layer: nn.Module, scale: float) -> nn.Module:
     """Rescales each output unit's incoming weights to L2 norm `scale`, zeroes the biases (original: torch_util.py)."""
-    norms = layer.weight.data.flatten(1).norm(dim=1).view(-1, *[1] * (layer.weight.ndim - 1))
-    layer.weight.data *= scale / norms
+    layer.weight.data = scale * F.normalize(layer.weight.data.flatten(1)).view_as(layer.weight)
     layer.bias.data.zero_()
     return layer
 
@@ -221,7 +210,7 @@ def impala_trunk() -> nn.Sequential:
 class Agent(nn.Module):
     """The policy, the value function and the auxiliary value function, in two networks or one (paper, section 2)."""
 
-    def __init__(self, num_actions: int, arch: str, bf16_phases: tuple[str, ...] = ()):
+    def __init__(self, num_actions: int, arch: str, bf16_phases: Sequence[str] = ()):
         super().__init__()
         self.arch, self.bf16_phases = arch, bf16_phases
         self.policy_trunk = impala_trunk()
@@ -232,11 +221,9 @@ class Agent(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def forward(self, obs: Tensor, phase: str, policy: bool = True, value: bool = True) -> tuple:
-        """Observations [B, 64, 64, 3] uint8 -> logits [B, A], auxiliary values [B], values [B], all float32.
-
+        """obs [B, 64, 64, 3] uint8 -> logits [B, A], auxiliary values [B], values [B], all float32.
         `phase`, "policy" or "auxiliary", decides on the precision and on whether the value loss reaches the trunk.
-        Without `policy` the first two are None and their network is not run if it can be spared; likewise `value`.
-        """
+        Without `policy` the first two are None, without `value` the last; a network not needed is not run."""
         logits = aux_values = values = None
         dtype = torch.bfloat16 if phase in self.bf16_phases else torch.float32
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
@@ -249,69 +236,57 @@ class Agent(nn.Module):
         if policy:
             logits, aux_values = self.policy_head(features), self.aux_value_head(features).squeeze(-1)
         if value:
-            if self.arch == "detach" and phase == "policy":  # and not in the auxiliary phase: deviation 1
-                value_features = value_features.detach()
-            values = self.value_head(value_features).squeeze(-1)
+            stop = self.arch == "detach" and phase == "policy"  # but not in the auxiliary phase: deviation 1
+            values = self.value_head(value_features.detach() if stop else value_features).squeeze(-1)
         return logits, aux_values, values
 
 
 # ---- environments ----------------------------------------------------------------------------------------------------
-
-
 class ProcgenVecEnv(gym.vector.VectorEnv):
     """Procgen environments that step together: observations [N, 64, 64, 3] uint8, rewards [N] float32.
-
-    An episode that ends is followed by the next at once; its return and length stand in infos["episode"], "r" and "l",
-    where infos["_episode"] is true, as gym's RecordEpisodeStatistics puts them. A time-out cannot be told from a death:
-    both are terminations. `options` go to ProcgenGym3Env. `video` (arguments of gym3's recorder) films environment 0.
-    """
+    An episode that ends is followed by the next at once. Where infos["_episode"] is true, infos["episode"] has its
+    return "r" and length "l", as with gym's RecordEpisodeStatistics. A time-out looks like a death: both terminate.
+    `video` (arguments of gym3's recorder) films environment 0, `options` go to ProcgenGym3Env."""
 
     def __init__(self, num_envs: int, env_id: str, video: dict | None = None, **options):
         self.options = {"num": num_envs, "env_name": env_id, "render_mode": "rgb_array" if video else None, **options}
         self.simulator, self.video = None, video
         super().__init__(num_envs, gym.spaces.Box(0, 255, (64, 64, 3), np.uint8), gym.spaces.Discrete(15))
 
-    def reset_wait(self, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
-        """Starts new episodes. A seed, or the first reset, starts the sequence of levels."""
-        if self.simulator is None or seed is not None:
-            self.close_extras()
-            self.simulator = ProcgenGym3Env(**self.options, rand_seed=seed)
-            if self.video:
-                self.simulator = VideoRecorderWrapper(self.simulator, info_key="rgb", **self.video)
-        elif not self.simulator.observe()[2].all():
-            self.simulator.act(np.full(self.num_envs, -1))  # Procgen takes it for a request to start anew
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+        """Starts new episodes, and the sequence of levels; without a seed that is a random one."""
+        self.close_extras()
+        self.simulator = ProcgenGym3Env(**self.options, rand_seed=seed)
+        if self.video:
+            self.simulator = VideoRecorderWrapper(self.simulator, info_key="rgb", **self.video)
         self.episode_returns, self.episode_lengths = np.zeros(self.num_envs), np.zeros(self.num_envs, np.int64)
         return self.simulator.observe()[1]["rgb"], {}
 
-    def step_async(self, actions: np.ndarray) -> None:
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict]:
         self.simulator.act(np.asarray(actions))
-
-    def step_wait(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict]:
         rewards, obs, done = self.simulator.observe()
         returns, lengths = self.episode_returns + rewards, self.episode_lengths + 1
         self.episode_returns, self.episode_lengths = returns * ~done, lengths * ~done
         infos = {"episode": {"r": returns * done, "l": lengths * done}, "_episode": done} if done.any() else {}
         return obs["rgb"], rewards, done, np.zeros_like(done), infos
 
-    def get_state(self) -> dict:
-        """All that later steps depend on, as a checkpoint can hold it."""
+    def get_state(self) -> tuple:
+        """All that later steps depend on, in types that a checkpoint may hold."""
         running = torch.from_numpy(self.episode_returns), torch.from_numpy(self.episode_lengths)
-        return {"simulators": self.simulator.get_state(), "running": running}
+        return self.simulator.get_state(), *running
 
-    def set_state(self, state: dict) -> None:
-        self.simulator.set_state(state["simulators"])
-        self.episode_returns, self.episode_lengths = (running.numpy() for running in state["running"])
+    def set_state(self, state: tuple) -> np.ndarray:
+        """Goes back to a state; returns its observations."""
+        self.simulator.set_state(state[0])
+        self.episode_returns, self.episode_lengths = state[1].numpy(), state[2].numpy()
+        return self.simulator.observe()[1]["rgb"]
 
     def close_extras(self, **kwargs) -> None:
-        if self.simulator is not None:
-            self.simulator.close()
+        self.simulator = None  # gym3 closes what nobody holds
 
 
 class RewardNormalizer(nn.Module):
-    """Divides rewards by the deviation of the discounted return, over all steps so far (original: reward_normalizer.py).
-
-    `gamma`: discount of that return; `clip`: bound of what is returned.
-    """
+    """Divides rewards by the deviation of their return under discount `gamma` (original: reward_normalizer.py)."""
 
     def __init__(self, num_envs: int, gamma: float, clip: float):
         super().__init__()
@@ -320,7 +295,7 @@ class RewardNormalizer(nn.Module):
         self.register_buffer("moments", torch.tensor([1e-4, 0, 1], dtype=torch.float64))  # count, mean, variance
 
     def forward(self, rewards: Tensor, firsts: Tensor) -> Tensor:
-        """rewards [N, T]; firsts [N, T]: 1 where the step opened an episode. Returns rewards [N, T], float32."""
+        """rewards [N, T]; firsts [N, T]: 1 where the step opened an episode. Returns rewards [N, T], clipped."""
         returns = torch.empty_like(rewards, dtype=torch.float64)
         for t in range(rewards.shape[1]):
             returns[:, t] = self.returns = rewards[:, t] + self.gamma * self.returns * (1 - firsts[:, t])
@@ -332,8 +307,6 @@ class RewardNormalizer(nn.Module):
 
 
 # ---- mathematics -----------------------------------------------------------------------------------------------------
-
-
 def sum_over_processes(x: Tensor) -> Tensor:
     if WORLD_SIZE > 1:
         dist.all_reduce(x)
@@ -349,11 +322,9 @@ def global_moments(x: Tensor) -> Tensor:
 
 def compute_gae(*, rewards: Tensor, values: Tensor, firsts: Tensor, gamma: float, gae_lambda: float) -> tuple:
     """Generalised advantage estimation (Schulman et al. 2016, eq. 16).
-
     rewards [N, T]: of the step from s_t. values [N, T+1]: V(s_t), the last column bootstraps.
     firsts [N, T+1]: 1 where s_t opens an episode, so nothing is carried across it.
-    Returns advantages and value targets, each [N, T].
-    """
+    Returns advantages and value targets, each [N, T]."""
     assert values.shape == firsts.shape == (rewards.shape[0], rewards.shape[1] + 1)
     advantages, advantage = torch.empty_like(rewards), torch.zeros_like(rewards[:, 0])
     for t in reversed(range(rewards.shape[1])):
@@ -363,58 +334,32 @@ def compute_gae(*, rewards: Tensor, values: Tensor, firsts: Tensor, gamma: float
     return advantages, advantages + values[:, :-1]
 
 
-def normalize_advantages(advantages: Tensor) -> Tensor:
-    """To mean 0 and variance 1 over the rollouts of all processes (original: ppo.py)."""
-    _, mean, variance = global_moments(advantages)
-    return ((advantages - mean) / (variance.sqrt() + 1e-8)).float()
-
-
-def policy_distribution(logits: Tensor) -> Categorical:
-    """logits [B, A] -> pi(. | s) of each sample. Validating the arguments would synchronise a GPU at every call."""
-    return Categorical(logits=logits, validate_args=False)
-
-
-def policy_loss(
-    *, logits: Tensor, actions: Tensor, old_log_probs: Tensor, advantages: Tensor, clip_coef: float, kl_coef: float
-) -> tuple[Tensor, dict[str, Tensor]]:
+def policy_loss(*, logits, actions, old_log_probs, advantages, clip_coef: float, kl_coef: float) -> tuple[Tensor, dict]:
     """The surrogate of PPO, clipped (0: not), and the penalty of the KL variant. logits [B, A], all else [B].
-
-    Returns the loss and, as metrics, it and the entropy (nats) among others: scalars, means over the batch.
-    """
+    Returns the loss and, as metrics, it and the entropy (nats) among others: scalars, means over the batch."""
     assert actions.shape == old_log_probs.shape == advantages.shape == logits.shape[:1]
-    pi = policy_distribution(logits)
+    pi = Categorical(logits=logits)
     log_ratio = pi.log_prob(actions) - old_log_probs
     ratio = log_ratio.exp()
     surrogate = ratio * advantages
     if clip_coef > 0:
         surrogate = torch.min(surrogate, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantages)
     loss = -surrogate.mean() + kl_coef * 0.5 * log_ratio.square().mean()  # deviation 5
-    metrics = {"policy_loss": loss, "entropy": pi.entropy().mean()}
-    with torch.no_grad():  # two estimates of KL[old, new]: Schulman, http://joschu.net/blog/kl-approx.html
-        metrics |= {"old_approx_kl": -log_ratio.mean(), "approx_kl": (ratio - 1 - log_ratio).mean()}
-        metrics["clipfrac"] = ((ratio - 1).abs() > clip_coef).float().mean()
-    return loss, metrics
+    # Two estimates of KL[old, new]: Schulman, http://joschu.net/blog/kl-approx.html
+    metrics = {"old_approx_kl": -log_ratio.mean(), "approx_kl": (ratio - 1 - log_ratio).mean()}
+    clipfrac = ((ratio - 1).abs() > clip_coef).float().mean()
+    return loss, {"policy_loss": loss, "entropy": pi.entropy().mean(), "clipfrac": clipfrac, **metrics}
 
 
 def clone_loss(old_logits: Tensor, logits: Tensor) -> Tensor:
     """KL[pi_old, pi] in nats, [B, A], [B, A] -> scalar: what holds the policy in L_joint (paper, section 2)."""
-    return kl_divergence(policy_distribution(old_logits), policy_distribution(logits)).mean()
+    return kl_divergence(Categorical(logits=old_logits), Categorical(logits=logits)).mean()
 
 
 # ---- phases ----------------------------------------------------------------------------------------------------------
-
 MAX_STEPS_PER_PASS = 1024  # bounds the activations in memory, however large a minibatch is (deviation 8)
-
-
-@dataclass
-class Rollout:
-    observations: Tensor  # [N, T, 64, 64, 3] uint8, a view of the phase's buffer
-    actions: Tensor  # [N, T]
-    log_probs: Tensor  # [N, T]: log pi(a_t | s_t)
-    values: Tensor  # [N, T+1]
-    rewards: Tensor  # [N, T], as the game gave them
-    firsts: Tensor  # [N, T+1]: 1 where s_t opens an episode
-    episodes: list[tuple[float, int]]  # return and length of those that ended
+# What collect_rollout returns; its docstring has the shapes. `episodes`: (return, length) of those that ended.
+Rollout = namedtuple("Rollout", "observations actions log_probs values rewards firsts episodes")
 
 
 class Means(dict):
@@ -438,80 +383,62 @@ def take_segments(observations: Tensor, segments: Tensor, device: torch.device) 
     return torch.cat([observations[s].to(device, non_blocking=True) for s in segments.tolist()])  # from pinned memory
 
 
-def update(
-    optimizer: torch.optim.Optimizer, loss_of: Callable, minibatch: Tensor, part_size: int, max_grad_norm: float = 0.0
-) -> None:
-    """One step on the mean loss of a minibatch of segments, computed `part_size` segments at a time.
-
-    The gradient is averaged over all processes and its norm clipped (0: not clipped).
-    """
+def update(optimizer, loss_of: Callable, minibatch: Tensor, part_size: int, max_grad_norm: float = 0.0) -> None:
+    """A step on the mean loss over a minibatch of segments, `part_size` at a time, and over all processes."""
     optimizer.zero_grad()
     for part in minibatch.split(part_size):
         (loss_of(part) * (len(part) / len(minibatch))).backward()
-    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    params = optimizer.param_groups[0]["params"]
     if WORLD_SIZE > 1:
-        means = sum_over_processes(torch.cat([grad.flatten() for grad in grads])) / WORLD_SIZE
-        for grad, mean in zip(grads, means.split([grad.numel() for grad in grads])):
-            grad.copy_(mean.view(grad.shape))
+        grads = [p.grad for p in params if p.grad is not None]
+        nn.utils.vector_to_parameters(sum_over_processes(nn.utils.parameters_to_vector(grads)) / WORLD_SIZE, grads)
     if max_grad_norm > 0:
-        nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], max_grad_norm)
+        nn.utils.clip_grad_norm_(params, max_grad_norm)
     optimizer.step()
 
 
 @torch.no_grad()
-def collect_rollout(
-    agent: Agent, envs: gym.vector.VectorEnv, obs: np.ndarray, first: np.ndarray, observations: Tensor, device
-) -> tuple[Rollout, np.ndarray, np.ndarray]:
-    """Plays T steps from obs [N, 64, 64, 3] and first [N], storing what it sees in observations [N, T, 64, 64, 3].
-
-    Returns the rollout, and the obs and first to go on from.
-    """
+def collect_rollout(agent: Agent, envs, obs: np.ndarray, observations: Tensor, device) -> tuple[Rollout, np.ndarray]:
+    """Plays T steps from obs [N, 64, 64, 3], storing what it sees in observations [N, T, 64, 64, 3].
+    Returns a Rollout of observations, actions [N, T], log pi(a_t | s_t) [N, T], V(s_t) [N, T+1], rewards as the game
+    gives them [N, T] and firsts [N, T+1], 1 where s_t opens an episode; and the obs to go on from."""
     shape = num_envs, num_steps = observations.shape[:2]
     actions, log_probs = torch.empty(shape, dtype=torch.long, device=device), torch.empty(shape, device=device)
     values, rewards = torch.empty((num_envs, num_steps + 1), device=device), np.empty(shape, np.float32)
     firsts, episodes = np.empty((num_envs, num_steps + 1), np.float32), []
     for t in range(num_steps):
-        observations[:, t] = torch.from_numpy(obs)
+        observations[:, t], firsts[:, t] = torch.from_numpy(obs), envs.episode_lengths == 0
         logits, _, values[:, t] = agent(observations[:, t].to(device), "policy")
-        pi = policy_distribution(logits)
+        pi = Categorical(logits=logits)
         actions[:, t] = action = pi.sample()
         log_probs[:, t] = pi.log_prob(action)
-        firsts[:, t] = first
-        obs, rewards[:, t], terminated, truncated, infos = envs.step(action.cpu().numpy())
-        first = terminated | truncated
+        obs, rewards[:, t], _, _, infos = envs.step(action.cpu().numpy())
         for i in np.flatnonzero(infos.get("_episode", ())):
             episodes.append((float(infos["episode"]["r"][i]), int(infos["episode"]["l"][i])))
-    firsts[:, -1] = first
+    firsts[:, -1] = envs.episode_lengths == 0
     _, _, values[:, -1] = agent(torch.from_numpy(obs).to(device), "policy")
     rewards, firsts = torch.from_numpy(rewards).to(device), torch.from_numpy(firsts).to(device)
-    return Rollout(observations, actions, log_probs, values, rewards, firsts, episodes), obs, first
+    return Rollout(observations, actions, log_probs, values, rewards, firsts, episodes), obs
 
 
-def policy_phase(
-    agent: Agent, optimizers: dict, rollout: Rollout, advantages: Tensor, value_targets: Tensor, args
-) -> dict[str, float]:
-    """The epochs of one iteration over its rollout; advantages (normalised) and value targets [N, T]. Gives metrics."""
-    (num_envs, num_steps), means = advantages.shape, Means()
-    schedule = {"value": args.e_value, "policy": args.e_policy}
-    if args.e_policy == args.e_value:
-        schedule = {"joint": args.e_policy}
+def policy_phase(agent: Agent, optimizers: dict, rollout: Rollout, advantages: Tensor, targets: Tensor, args) -> dict:
+    """The epochs of one iteration over its rollout; advantages and value targets [N, T]. Returns metrics."""
+    _, mean, variance = global_moments(advantages)
+    advantages, means = ((advantages - mean) / (variance.sqrt() + 1e-8)).float(), Means()
+    separate, (num_envs, num_steps) = args.e_policy != args.e_value, advantages.shape
+    schedule = {"value": args.e_value, "policy": args.e_policy} if separate else {"joint": args.e_policy}
 
     def loss_of(part: Tensor) -> Tensor:
         obs, loss = take_segments(rollout.observations, part, advantages.device), 0
         logits, _, values = agent(obs, "policy", policy=kind != "value", value=kind != "policy")
         if kind != "value":
-            surrogate_loss, metrics = policy_loss(
-                logits=logits,
-                actions=rollout.actions[part].flatten(),
-                old_log_probs=rollout.log_probs[part].flatten(),
-                advantages=advantages[part].flatten(),
-                clip_coef=args.clip_coef,
-                kl_coef=args.kl_coef,
-            )
-            loss = surrogate_loss - args.ent_coef * metrics["entropy"]
+            batch = {"actions": rollout.actions[part].flatten(), "old_log_probs": rollout.log_probs[part].flatten()}
+            coefs = {"clip_coef": args.clip_coef, "kl_coef": args.kl_coef}
+            loss, metrics = policy_loss(logits=logits, advantages=advantages[part].flatten(), **batch, **coefs)
+            loss = loss - args.ent_coef * metrics["entropy"]
             means.add(len(part), metrics)
         if kind != "policy":
-            value_loss = args.vf_coef * F.mse_loss(values, value_targets[part].flatten())
+            value_loss = args.vf_coef * F.mse_loss(values, targets[part].flatten())
             loss = loss + value_loss
             means.add(len(part), {"value_loss": value_loss})
         return loss
@@ -525,19 +452,15 @@ def policy_phase(
                 update(optimizers[kind], loss_of, minibatch, part_size, args.max_grad_norm)
             if args.target_kl is not None and kind != "value" and means.read()["losses/approx_kl"] > args.target_kl:
                 break
-    unexplained = (value_targets - rollout.values[:, :-1]).var() / value_targets.var().clamp_min(1e-8)
+    unexplained = (targets - rollout.values[:, :-1]).var() / targets.var().clamp_min(1e-8)
     means.add(1, {"explained_variance": 1 - unexplained})
     return means.read()
 
 
-def auxiliary_phase(
-    agent: Agent, optimizer, observations: Tensor, value_targets: Tensor, args, progress: Callable = iter
-) -> dict[str, float]:
+def auxiliary_phase(agent: Agent, optimizer, observations: Tensor, targets: Tensor, args, progress=iter) -> dict:
     """The epochs over a phase: observations [S, T, 64, 64, 3], value targets [S, T]. Returns metrics.
-
-    `progress` is given the list of minibatches and hands them out, so that it can count them.
-    """
-    (num_segments, num_steps), device, means = value_targets.shape, value_targets.device, Means()
+    `progress` is given the list of minibatches and hands them out, so that it can count them."""
+    (num_segments, num_steps), device, means = targets.shape, targets.device, Means()
     part_size = min(args.num_aux_rollouts // args.n_aux_grad_accum, max(1, MAX_STEPS_PER_PASS // num_steps))
     with torch.no_grad():  # in the same precision and batches as the updates: the first KL is 0
         parts = torch.arange(num_segments, device=observations.device).split(part_size)
@@ -546,70 +469,54 @@ def auxiliary_phase(
 
     def loss_of(part: Tensor) -> Tensor:
         logits, aux_values, values = agent(take_segments(observations, part, device), "auxiliary")
-        aux_value_loss = 0.5 * F.mse_loss(aux_values, value_targets[part].flatten())
-        real_value_loss = 0.5 * F.mse_loss(values, value_targets[part].flatten())
         kl_loss = clone_loss(old_logits[part].flatten(0, 1), logits)
-        losses = {"aux/kl_loss": kl_loss, "aux/aux_value_loss": aux_value_loss, "aux/real_value_loss": real_value_loss}
-        means.add(len(part), losses)
+        aux_value_loss = 0.5 * F.mse_loss(aux_values, targets[part].flatten())
+        real_value_loss = 0.5 * F.mse_loss(values, targets[part].flatten())
+        means.add(len(part), {"aux/kl_loss": kl_loss, "aux/aux_value_loss": aux_value_loss})
+        means.add(len(part), {"aux/real_value_loss": real_value_loss})
         joint_loss = aux_value_loss + args.beta_clone * kl_loss
         return joint_loss + args.aux_vf_coef * real_value_loss
 
     epochs = [torch.randperm(num_segments, device=observations.device) for _ in range(args.e_auxiliary)]
     for minibatch in progress([minibatch for epoch in epochs for minibatch in epoch.split(args.num_aux_rollouts)]):
-        update(optimizer, loss_of, minibatch, part_size)
+        update(optimizer, loss_of, minibatch, part_size)  # whose zero_grad clears what the policy phase left
     return means.read()
 
 
 # ---- running it for real ---------------------------------------------------------------------------------------------
-
-FORMAT = 1  # of checkpoint.pt
-METRICS = [
-    *[f"charts/{x}" for x in ("episodic_return", "episodic_length", "normalized_return", "SPS", "learning_rate")],
-    *[f"losses/{x}" for x in ("policy_loss", "value_loss", "entropy", "approx_kl", "old_approx_kl", "clipfrac")],
-    *[f"losses/{x}" for x in ("explained_variance", "aux/kl_loss", "aux/aux_value_loss", "aux/real_value_loss")],
-    *[f"time/{x}" for x in ("rollout", "policy_phase", "auxiliary_phase")],
-    *[f"eval/{x}_levels_{y}" for x in ("train", "all") for y in ("return", "normalized_return")],
-]
+say: Callable[[str], object] = tqdm.write if RANK == 0 else (lambda text: None)
 
 
-class RunError(Exception):
-    """Ends the program with its sentence and exit status 1."""
-
-
-def say(text: str) -> None:
-    if RANK == 0:
-        tqdm.write(text, file=sys.stderr)
+def keep_freed_memory() -> None:
+    """Has glibc keep freed memory. Unmapped, each large activation costs page faults anew: half the time on a CPU."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: nothing gets a mapping of its own
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
 
 
 def start_process(args: argparse.Namespace) -> torch.device:
-    """Picks the device, prepares the allocator, joins the processes that torchrun started."""
-    use_cuda = args.cuda and torch.cuda.is_available()
-    if use_cuda:
+    """Joins the other processes that torchrun started, and picks the device."""
+    keep_freed_memory()
+    if WORLD_SIZE > 1 and not dist.is_initialized():
+        dist.init_process_group()  # NCCL for what is on GPUs, gloo for what is not
+    if args.cuda and torch.cuda.is_available():
         torch.cuda.set_device(LOCAL_RANK)
         torch.backends.cudnn.deterministic = args.torch_deterministic
-    elif args.cuda:
+        return torch.device("cuda", LOCAL_RANK)
+    if args.cuda:
         say("no GPU found: running on the CPU")
-    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
-        # glibc: keep freed memory. Unmapped, each large activation costs page faults anew, half the time on a CPU.
-        ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX: nothing gets a mapping of its own
-        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
-    if WORLD_SIZE > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if use_cuda else "gloo")
-    return torch.device("cuda", LOCAL_RANK) if use_cuda else torch.device("cpu")
+    return torch.device("cpu")
 
 
 def make_agent(num_actions: int, args: argparse.Namespace, device: torch.device) -> Agent:
-    """The same agent in all processes, with bfloat16 as --precision and the hardware have it."""
-    phases = {"bf16": ("policy", "auxiliary"), "bf16-aux": ("auxiliary",), "fp32": ()}
-    if device.type == "cuda":
-        fast, phases["auto"] = torch.cuda.is_bf16_supported(including_emulation=False), phases["bf16-aux"]
-    else:
-        capabilities = torch.cpu.get_capabilities()
-        fast, phases["auto"] = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"), phases["bf16"]
-    if args.precision != "fp32" and not fast:
+    """The same agent in all processes; bfloat16 as --precision asks for, if the hardware is fast in it."""
+    cpu, on_gpu, both = torch.cpu.get_capabilities(), device.type == "cuda", ["policy", "auxiliary"]
+    fast = torch.cuda.is_bf16_supported(False) if on_gpu else cpu.get("avx512_bf16") or cpu.get("amx_bf16")
+    phases = {"fp32": [], "bf16-aux": both[1:], "bf16": both, "auto": both[on_gpu:]}[args.precision]
+    if phases and not fast:
         say("bfloat16 is not fast on this hardware: running in float32")
     torch.manual_seed(args.seed)
-    return Agent(num_actions, args.arch, phases[args.precision] if fast else ()).to(device)
+    return Agent(num_actions, args.arch, phases if fast else []).to(device)
 
 
 def make_envs(args: argparse.Namespace, num_envs: int, num_levels: int, video: dict | None = None) -> ProcgenVecEnv:
@@ -619,19 +526,18 @@ def make_envs(args: argparse.Namespace, num_envs: int, num_levels: int, video: d
 
 def allocate_observations(shape: tuple[int, ...], device: torch.device, home: str) -> Tensor:
     """A phase's observations, uint8, on the GPU or in (then pinned) host memory. Exit status 2 if they do not fit."""
-    need, free = math.prod(shape), math.inf
+    need, free, pin = math.prod(shape), math.inf, False
     if device.type == "cuda":
         free = 0.8 * torch.cuda.mem_get_info(device)[0]  # the rest is for activations
-    on_gpu = home == "cuda" or (home == "auto" and need < free < math.inf)
-    if not on_gpu and sys.platform == "linux":
-        available = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
-        free = int(available[1]) * 1024 / LOCAL_WORLD_SIZE
+        pin = home == "cpu" or (home == "auto" and need > free)
+    if sys.platform == "linux" and (pin or device.type == "cpu"):
+        available = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())[1]
+        free = int(available) * 1024 / LOCAL_WORLD_SIZE
     if need > free:
-        say(f"error: the observations of a phase need {need / 1e9:.1f} GB per process and {free / 1e9:.1f} GB are free: "
-            "lower --num-envs, --num-steps or --n-iteration")  # fmt: skip
+        sizes = f"{need / 1e9:.1f} GB per process, and {free / 1e9:.1f} GB are free"
+        say(f"error: a phase's observations need {sizes}: lower --num-envs, --num-steps or --n-iteration")
         sys.exit(2)
-    pin = device.type == "cuda" and not on_gpu
-    return torch.empty(shape, dtype=torch.uint8, device=device if on_gpu else "cpu", pin_memory=pin)
+    return torch.empty(shape, dtype=torch.uint8, device="cpu" if pin else device, pin_memory=pin)
 
 
 def gather_objects(thing: object) -> list:
@@ -642,16 +548,16 @@ def gather_objects(thing: object) -> list:
     return things
 
 
-def load_checkpoint(run_dir: str) -> dict:
+def load_checkpoint(run_dir: str, fail: Callable[[str], None] = sys.exit) -> dict:
     path = Path(run_dir, "checkpoint.pt")
-    if not path.is_file():
-        raise RunError(f"there is no {path}: name the directory of a run that has written a checkpoint")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        assert checkpoint["format"] == FORMAT
-    except Exception as error:  # a damaged file may raise anything
-        raise RunError(f"{path} is damaged, or not a checkpoint of this version ({type(error).__name__})") from None
-    return checkpoint
+        assert checkpoint["format"] == CHECKPOINT_FORMAT
+        return checkpoint
+    except FileNotFoundError:
+        fail(f"there is no {path}: name the directory of a run that has written a checkpoint")
+    except Exception as error:  # noqa: BLE001 (a damaged file may raise anything)
+        fail(f"{path} is damaged, or not a checkpoint of this version ({type(error).__name__})")
 
 
 def normalized_return(args: argparse.Namespace, episodic_return: float) -> float:
@@ -660,60 +566,45 @@ def normalized_return(args: argparse.Namespace, episodic_return: float) -> float
 
 
 class Run:
-    """What a run counts, shows and writes; only rank 0 shows and writes. `state` is what a checkpoint keeps of it."""
+    """What a run counts, shows and writes (by rank 0 alone). `state` is what its checkpoint keeps of it."""
 
     def __init__(self, args: argparse.Namespace, saved: dict | None):
-        self.args, self.row, self.charts, self.wandb, self.checkpoint = args, {}, {}, None, None
-        self.state = {"phase": 0, "iteration": 0, "global_step": 0, "episodes": 0, "recent": [], "metrics_bytes": 0}
-        self.state["seconds"] = {"rollout": 0.0, "policy_phase": 0.0, "auxiliary_phase": 0.0, "total": 0.0}
-        self.state |= saved["run"] if saved else {"wandb_id": os.urandom(4).hex()}
-        self.started = time.perf_counter() - self.state["seconds"]["total"]
-        style = {
-            "bar_format": "{n_fmt} of {total_fmt} steps, {rate_fmt}, {remaining} left{postfix}\n",
-            "mininterval": 10,
-        }
-        style = {} if sys.stderr.isatty() else style  # a bar on a terminal, plain lines in a file
-        style |= {"unit": "step", "smoothing": 0, "miniters": 0, "disable": RANK > 0}
-        self.bar = tqdm(total=args.total_timesteps, initial=self.state["global_step"], **style)
-        if RANK > 0:
-            return
-        self.directory = Path(args.resume) if saved else self.make_directory()
-        self.csv = open(self.directory / "metrics.csv", "r+" if saved else "x", newline="")
-        if self.csv.seek(0, io.SEEK_END) < self.state["metrics_bytes"]:
-            raise RunError(f"{self.csv.name} lacks rows that it had when the checkpoint was written")
-        self.csv.seek(self.csv.truncate(self.state["metrics_bytes"]))
-        self.writer = csv.DictWriter(self.csv, ["iteration", "global_step", "episodes", *METRICS])
-        if saved:
-            self.checkpoint = self.directory / "checkpoint.pt"
-        else:
-            self.writer.writeheader()
-        say(f"writing to {self.directory}")
-        if args.track:
-            self.start_wandb()
-
-    def make_directory(self) -> Path:
-        name, now = f"{self.args.env_id}__{self.args.exp_name}__{self.args.seed}", int(time.time())
-        while True:
+        seconds = {"rollout": 0.0, "policy_phase": 0.0, "auxiliary_phase": 0.0, "total": 0.0}
+        fresh = {"phase": 0, "iteration": 0, "global_step": 0, "episodes": 0, "recent": [], "seconds": seconds}
+        self.state = saved["run"] if saved else fresh | {"wandb_id": os.urandom(4).hex()}
+        self.args, self.row, self.charts, self.wandb, self.shown = args, {}, {}, None, 0.0
+        self.started, first = time.perf_counter() - self.state["seconds"]["total"], self.state["global_step"]
+        plain = RANK > 0 or not sys.stderr.isatty()  # then `show` writes lines instead of the bar
+        self.bar = tqdm(total=args.total_timesteps, initial=first, unit="step", smoothing=0, disable=plain)
+        self.directory, now = Path(args.resume or "."), int(time.time())
+        while RANK == 0 and not saved:
             try:
-                directory = Path(self.args.runs_dir, f"{name}__{now}")
-                directory.mkdir(parents=True)
-                return directory
-            except FileExistsError:  # by a run that started in the same second
+                self.directory = Path(args.runs_dir, f"{args.env_id}__{args.exp_name}__{args.seed}__{now}")
+                self.directory.mkdir(parents=True)
+                break
+            except FileExistsError:  # another run started in this second
                 now += 1
+        again = f"continue from the last checkpoint: python ppg_procgen.py --resume {self.directory}"
+        self.advice, self.advice_once_saved = again if saved else "no checkpoint was written", again
+        if RANK == 0:
+            self.metrics = self.directory / "metrics.csv"
+            rows = self.metrics.read_text().splitlines(keepends=True) if saved else [",".join(COLUMNS) + "\n"]
+            rows = rows[: 1 + self.state["iteration"]]  # those after the checkpoint come again
+            self.metrics.write_text("".join(rows))
+            say(f"writing to {self.directory}")
+        if RANK == 0 and args.track:
+            try:
+                import wandb
 
-    def start_wandb(self) -> None:
-        try:
-            import wandb
-
-            names = {"project": self.args.wandb_project_name, "entity": self.args.wandb_entity}
-            run = {"id": self.state["wandb_id"], "name": self.directory.name, "dir": self.directory, "resume": "allow"}
-            self.wandb = wandb.init(**names, **run, config=vars(self.args))
-            self.wandb.define_metric("*", step_metric="global_step")
-        except Exception as error:  # no login, no network, no wandb
-            say(f"wandb refused ({error}): going on without it; {self.directory} has all metrics")
+                names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": self.directory.name}
+                run = {"id": self.state["wandb_id"], "resume": "allow", "dir": self.directory}
+                self.wandb = wandb.init(config=vars(args), **names, **run)
+                self.wandb.define_metric("*", step_metric="global_step")
+            except Exception as error:  # noqa: BLE001 (no login, no network, no wandb: the run goes on)
+                say(f"wandb refused ({error}): going on without it; {self.metrics} has all metrics")
 
     def log(self, metrics: dict[str, float], episodes: list | None = None) -> None:
-        """Adds metrics to the row of an iteration. With `episodes`, those that ended in it, a new iteration begins."""
+        """Adds metrics to the row of an iteration. With `episodes`, those that ended in it, a new row begins."""
         state = self.state
         if episodes is not None:
             self.write_row()
@@ -724,71 +615,65 @@ class Run:
             state["recent"] = (state["recent"] + new)[-100:]
         for name, value in metrics.items():  # alike in all processes: metrics are means over them
             if not math.isfinite(value):
-                raise RunError(f"{name} is {value} at step {state['global_step']}; last checkpoint: {self.checkpoint}")
+                sys.exit(f"error: {name} is {value} at step {state['global_step']}; {self.advice}")
             if name.startswith("time/"):
                 state["seconds"][name.removeprefix("time/")] += value
         state["seconds"]["total"] = time.perf_counter() - self.started
-        self.charts = {"SPS": state["global_step"] / state["seconds"]["total"]}
+        self.charts = {"charts/SPS": state["global_step"] / state["seconds"]["total"]}
         if state["recent"]:
             mean_return, mean_length = np.mean(state["recent"], axis=0).tolist()
-            self.charts |= {"episodic_return": mean_return, "episodic_length": mean_length}
-            self.charts["normalized_return"] = normalized_return(self.args, mean_return)
-        counts = {name: state[name] for name in ("iteration", "global_step", "episodes")}
-        self.row |= counts | {f"charts/{name}": value for name, value in self.charts.items()} | metrics
+            self.charts |= {"charts/episodic_return": mean_return, "charts/episodic_length": mean_length}
+            self.charts["charts/normalized_return"] = normalized_return(self.args, mean_return)
+        self.row |= state | self.charts | metrics
         self.show()
 
-    def show(self, text: str = "") -> None:
-        self.bar.set_postfix_str(f"return {self.charts.get('episodic_return', math.nan):.2f}{text}", refresh=False)
-        self.bar.update(self.state["global_step"] - self.bar.n)
+    def show(self, note: str = "") -> None:
+        step, steps, seconds = self.state["global_step"], self.args.total_timesteps, time.perf_counter() - self.started
+        note = f"return {self.charts.get('charts/episodic_return', math.nan):.2f} {note}"
+        self.bar.set_postfix_str(note, refresh=False)
+        self.bar.update(step - self.bar.n)
+        if self.bar.disable and seconds > self.shown + 10:
+            self.shown, left = seconds, (steps / step - 1) * seconds / 60
+            say(f"step {step:,} of {steps:,}, {step / seconds:.0f} SPS, {left:.0f} min left, {note}")
 
-    def progress(self, minibatches: list) -> Iterator:
+    def progress(self, minibatches: list) -> Iterator[Tensor]:
         for i, minibatch in enumerate(minibatches):
-            self.show(f", auxiliary phase {100 * i // len(minibatches)} %")
+            self.show(f"auxiliary phase {100 * i // len(minibatches)} %")
             yield minibatch
 
     def write_row(self) -> None:
         if self.row and RANK == 0:
-            self.writer.writerow(self.row)
-            self.csv.flush()
+            with open(self.metrics, "a") as file:
+                file.write(",".join(str(self.row.get(column, "")) for column in COLUMNS) + "\n")
             if self.wandb:
-                self.wandb.log(self.row)
+                self.wandb.log({name: self.row[name] for name in COLUMNS if name in self.row})
         self.row = {}
 
-    def save(self, state: dict) -> None:
+    def save(self, **content) -> None:
         """Replaces checkpoint.pt atomically: a failure leaves the previous one as it was."""
-        os.fsync(self.csv.fileno())
-        self.state["metrics_bytes"] = self.csv.tell()
-        path, buffer = self.directory / "checkpoint.pt", io.BytesIO()
-        torch.save({"format": FORMAT, "args": vars(self.args) | {"resume": None}, "run": self.state} | state, buffer)
+        temporary = self.directory / "checkpoint.tmp"
         try:
-            with open(path.with_suffix(".tmp"), "wb") as file:
-                file.write(buffer.getbuffer())
+            with open(temporary, "wb") as file:
+                torch.save({"format": CHECKPOINT_FORMAT, "args": vars(self.args), "run": self.state, **content}, file)
+                file.flush()
                 os.fsync(file.fileno())
-            path.with_suffix(".tmp").replace(path)
-        except OSError as error:
-            path.with_suffix(".tmp").unlink(missing_ok=True)
-            raise RunError(f"cannot write {path}: {error.strerror}; last checkpoint: {self.checkpoint}") from None
-        self.checkpoint = path
+            temporary.replace(self.directory / "checkpoint.pt")
+        except (OSError, RuntimeError) as error:  # torch wraps some of the former in the latter
+            temporary.unlink(missing_ok=True)
+            sys.exit(f"error: cannot write the checkpoint ({error}); {self.advice}")
+        self.advice = self.advice_once_saved
 
     def finish(self, device: torch.device) -> dict:
-        on_gpu, host = device.type == "cuda", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        """Writes and returns the summary."""
+        gpu, host = device.type == "cuda", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         summary = {name: getattr(self.args, name) for name in ("env_id", "distribution_mode", "arch", "seed")}
-        summary |= {name: self.state[name] for name in ("global_step", "episodes", "seconds")} | self.charts
-        peak = {"host": host, "device": torch.cuda.max_memory_allocated() if on_gpu else 0}
-        name = torch.cuda.get_device_name() if on_gpu else "cpu"
-        summary |= {"peak_memory_bytes": peak, "device": name, "torch": torch.__version__}
+        summary |= {name: self.state[name] for name in ("global_step", "episodes", "seconds")}
+        summary |= {name.removeprefix("charts/"): value for name, value in self.charts.items()}
+        summary["peak_memory_bytes"] = {"host": host, "device": torch.cuda.max_memory_allocated() if gpu else 0}
+        summary |= {"device": torch.cuda.get_device_name() if gpu else "cpu", "torch": torch.__version__}
         if RANK == 0:
             (self.directory / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-            say(f"done: {json.dumps(self.charts)}")
         return summary
-
-    def close(self) -> None:
-        self.bar.close()
-        if RANK == 0:
-            self.write_row()
-            self.csv.close()
-        if self.wandb:
-            self.wandb.finish()
 
 
 @torch.no_grad()
@@ -796,139 +681,124 @@ def play(agent: Agent, envs: ProcgenVecEnv, episodes: int, seed: int, device: to
     """Returns of episodes under the policy. Each environment plays its quota: the first to end are the short ones."""
     quota = np.bincount(np.arange(episodes) % envs.num_envs, minlength=envs.num_envs)
     (obs, _), returns = envs.reset(seed=seed), []
-    with torch.random.fork_rng():  # the random numbers of the training go on as if nothing had happened
-        torch.manual_seed(seed)
-        while quota.any():
-            logits, _, _ = agent(torch.from_numpy(obs).to(device), "policy", value=False)
-            obs, _, _, _, infos = envs.step(policy_distribution(logits).sample().cpu().numpy())
-            for i in np.flatnonzero(infos["_episode"] * quota if infos else ()):
-                returns.append(infos["episode"]["r"][i])
-                quota[i] -= 1
+    torch.manual_seed(seed)  # training seeds itself anew at every phase
+    while quota.any():
+        logits, _, _ = agent(torch.from_numpy(obs).to(device), "policy", value=False)
+        obs, _, _, _, infos = envs.step(Categorical(logits=logits).sample().cpu().numpy())
+        for i in np.flatnonzero(infos["_episode"] * quota if infos else ()):
+            returns.append(infos["episode"]["r"][i])
+            quota[i] -= 1
     envs.close()
     return np.array(returns)
 
 
-def evaluate(agent: Agent, args: argparse.Namespace, device: torch.device) -> dict[str, dict[str, float]]:
-    """Plays --eval-episodes on the training levels and as many on all levels."""
-    results, num_envs = {}, min(args.num_envs, args.eval_episodes)
+def evaluate(agent: Agent, args: argparse.Namespace, device: torch.device, run_dir: Path, step: int) -> dict:
+    """Plays --eval-episodes on the training levels and as many on all; writes eval.json. Returns metrics."""
+    results, num_envs = {"global_step": step, "episodes": args.eval_episodes}, min(args.num_envs, args.eval_episodes)
     for name, num_levels in (("train_levels", args.num_levels), ("all_levels", 0)):
         returns = play(agent, make_envs(args, num_envs, num_levels), args.eval_episodes, args.seed + 10**6, device)
         mean, error = float(returns.mean()), float(returns.std() / max(1, len(returns) - 1) ** 0.5)
-        results[name] = {"return": mean, "standard_error": error, "normalized_return": normalized_return(args, mean)}
-    return results
+        normalized = normalized_return(args, mean)
+        results |= {f"{name}_return": mean, f"{name}_standard_error": error, f"{name}_normalized_return": normalized}
+        say(f"{name}: return {mean:.2f} +- {error:.2f} (standard error), normalized {normalized:.3f}")
+    results["gap"] = results["train_levels_return"] - results["all_levels_return"]
+    say(f"gap of the returns: {results['gap']:.2f}")
+    (run_dir / "eval.json").write_text(json.dumps(results, indent=2) + "\n")
+    return {f"eval/{name}": value for name, value in results.items() if f"eval/{name}" in COLUMNS}
 
 
-def record_video(agent: Agent, args: argparse.Namespace, device: torch.device, run_dir: Path, step: int) -> Path:
-    """Films one episode at 512 x 512."""
+def record_video(agent: Agent, args, device: torch.device, run_dir: Path, step: int, wandb_run=None) -> None:
+    """Films an episode at 512 x 512: videos/step{step}-00000.mp4."""
     video = {"directory": str(run_dir / "videos"), "prefix": f"step{step}-"}
     play(agent, make_envs(args, 1, args.num_levels, video), 1, args.seed + 2 * 10**6, device)
-    return run_dir / "videos" / f"step{step}-00000.mp4"
+    if wandb_run:
+        clip = sys.modules["wandb"].Video(str(run_dir / "videos" / f"step{step}-00000.mp4"))
+        wandb_run.log({"global_step": step, "video": clip})
 
 
+# ---- training --------------------------------------------------------------------------------------------------------
 def train(args: argparse.Namespace, envs: gym.vector.VectorEnv | None = None) -> dict:
-    """Algorithm 1, on Procgen or on the given environments (64 x 64 x 3 uint8, discrete actions). Returns the summary."""
+    """Algorithm 1, on Procgen or the given environments (64 x 64 x 3 uint8, discrete actions). Returns the summary."""
     device, saved = start_process(args), load_checkpoint(args.resume) if args.resume else None
     envs = gym.wrappers.RecordEpisodeStatistics(envs) if envs else make_envs(args, args.num_envs, args.num_levels)
     agent = make_agent(envs.single_action_space.n, args, device)
-    rates = {"value": args.learning_rate, "policy": args.learning_rate, "auxiliary": args.aux_learning_rate}
-    if args.e_policy == args.e_value:
-        rates = {"joint": args.learning_rate, "auxiliary": args.aux_learning_rate}
+    kinds = ("joint",) if args.e_policy == args.e_value else ("value", "policy")
+    rates = dict.fromkeys(kinds, args.learning_rate) | {"auxiliary": args.aux_learning_rate}
     optimizers = {kind: torch.optim.Adam(agent.parameters(), lr, eps=args.adam_eps) for kind, lr in rates.items()}
     reward_normalizer = RewardNormalizer(args.num_envs, args.reward_norm_gamma, args.reward_clip).to(device)
     num_iterations = args.total_timesteps // (args.num_envs * args.num_steps * WORLD_SIZE)
     kept = min(args.n_iteration, num_iterations) if args.e_auxiliary else 1  # rollouts; PPO needs the last one only
     shape = (kept, args.num_envs, args.num_steps)
     observations = allocate_observations((*shape, 64, 64, 3), device, args.aux_buffer_device)
-    value_targets = torch.empty(shape, device=device)
-    seed = args.seed + 10_000 * RANK  # each process has levels and minibatches of its own
-    torch.manual_seed(seed)
-    (obs, _), first = envs.reset(seed=seed), np.ones(args.num_envs, bool)
-    modules = {"agent": agent, **optimizers}
+    value_targets, modules = torch.empty(shape, device=device), {"agent": agent, **optimizers}
+    obs, _ = envs.reset(seed=args.seed + 10_000 * RANK)  # each process has levels of its own
     if saved:
-        mine = saved["processes"][RANK]
         for name, module in modules.items():
             module.load_state_dict(saved["modules"][name])
-        reward_normalizer.load_state_dict(mine["reward_normalizer"])
-        if mine["envs"]:
-            envs.set_state(mine["envs"])
-            obs, first = mine["obs"].numpy(), mine["first"].numpy()
-        torch.set_rng_state(mine["rng"])
-        if device.type == "cuda":
-            torch.cuda.set_rng_state(mine["cuda_rng"])
-
-    run = Run(args, saved)
+        reward_normalizer.load_state_dict(saved["processes"][RANK]["reward_normalizer"])
+        if isinstance(envs, ProcgenVecEnv):
+            obs = envs.set_state(saved["processes"][RANK]["envs"])
+    run, gae = Run(args, saved), {"gamma": args.gamma, "gae_lambda": args.gae_lambda}
     try:
         while run.state["iteration"] < num_iterations:
+            # Seeded anew at every phase: a resumed run, or one that evaluates in between, draws the same numbers.
+            torch.manual_seed(int(np.random.SeedSequence((args.seed, RANK, run.state["phase"])).generate_state(1)[0]))
             length = min(args.n_iteration, num_iterations - run.state["iteration"])
             for i in range(length):  # the policy phase
                 left = 1 - run.state["iteration"] / num_iterations if args.anneal_lr else 1
                 for kind, optimizer in optimizers.items():
                     optimizer.param_groups[0]["lr"] = left * rates[kind]
                 start = time.perf_counter()
-                rollout, obs, first = collect_rollout(agent, envs, obs, first, observations[i % kept], device)
+                rollout, obs = collect_rollout(agent, envs, obs, observations[i % kept], device)
                 collected = time.perf_counter()
-                advantages, value_targets[i % kept] = compute_gae(
-                    rewards=reward_normalizer(rollout.rewards, rollout.firsts[:, :-1]),
-                    values=rollout.values,
-                    firsts=rollout.firsts,
-                    gamma=args.gamma,
-                    gae_lambda=args.gae_lambda,
-                )
-                advantages = normalize_advantages(advantages)
-                metrics = policy_phase(agent, optimizers, rollout, advantages, value_targets[i % kept], args)
+                rewards = reward_normalizer(rollout.rewards, rollout.firsts[:, :-1])
+                advantages, targets = compute_gae(rewards=rewards, values=rollout.values, firsts=rollout.firsts, **gae)
+                value_targets[i % kept] = targets
+                metrics = policy_phase(agent, optimizers, rollout, advantages, targets, args)
                 metrics |= {"time/rollout": collected - start, "time/policy_phase": time.perf_counter() - collected}
                 run.log(metrics | {"charts/learning_rate": left * args.learning_rate}, rollout.episodes)
             if length == args.n_iteration and args.e_auxiliary:
-                start = time.perf_counter()
-                phase = observations.flatten(0, 1), value_targets.flatten(0, 1)
+                start, phase = time.perf_counter(), (observations.flatten(0, 1), value_targets.flatten(0, 1))
                 metrics = auxiliary_phase(agent, optimizers["auxiliary"], *phase, args, run.progress)
                 run.log(metrics | {"time/auxiliary_phase": time.perf_counter() - start})
 
             run.state["phase"] += 1
-            if args.eval_interval and run.state["phase"] % args.eval_interval == 0 and RANK == 0:
-                results = evaluate(agent, args, device)
-                run.log(
-                    {f"eval/{name}_{x}": results[name][x] for name in results for x in ("return", "normalized_return")}
-                )
-            if args.capture_video and RANK == 0:
-                video = record_video(agent, args, device, run.directory, run.state["global_step"])
-                run.track_video(video)
+            report = agent, args, device, run.directory, run.state["global_step"]
+            if RANK == 0 and args.eval_interval and run.state["phase"] % args.eval_interval == 0:
+                run.log(evaluate(*report))
+            if RANK == 0 and args.capture_video:
+                record_video(*report, run.wandb)
             run.write_row()
-            last = run.state["iteration"] == num_iterations
-            if args.checkpoint_interval and (last or run.state["phase"] % args.checkpoint_interval == 0):
-                mine = {"rng": torch.get_rng_state(), "reward_normalizer": reward_normalizer.state_dict()}
-                mine["cuda_rng"] = torch.cuda.get_rng_state() if device.type == "cuda" else None
-                mine["envs"] = envs.get_state() if isinstance(envs, ProcgenVecEnv) else None
-                mine |= {"obs": torch.from_numpy(obs), "first": torch.from_numpy(first)}
-                processes = gather_objects(mine)
+            due = run.state["iteration"] == num_iterations or run.state["phase"] % max(1, args.checkpoint_interval) == 0
+            if args.checkpoint_interval and due:
+                simulators = envs.get_state() if isinstance(envs, ProcgenVecEnv) else None
+                processes = gather_objects({"envs": simulators, "reward_normalizer": reward_normalizer.state_dict()})
                 if RANK == 0:
-                    run.save({"modules": {k: m.state_dict() for k, m in modules.items()}, "processes": processes})
+                    run.save(modules={k: module.state_dict() for k, module in modules.items()}, processes=processes)
         return run.finish(device)
     except KeyboardInterrupt:
-        how = (
-            f"continue with: python ppg_procgen.py --resume {run.directory}" if run.checkpoint else "no checkpoint yet"
-        )
-        say(f"interrupted at step {run.state['global_step']}; {how}")
-        raise
+        say(f"interrupted at step {run.state['global_step']}; {run.advice}")
+        sys.exit(130)
     finally:
-        run.close()
+        run.write_row()
+        run.bar.close()
+        if run.wandb:
+            run.wandb.finish()
         envs.close()
 
 
-def main() -> None:
-    args = parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
-    try:
-        if args.evaluate:
-            evaluate_run(args)
-        else:
-            train(args)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (RunError, OSError) as error:
-        say(f"error: {error}")
-        sys.exit(1)
+def evaluate_run(args: argparse.Namespace) -> None:
+    device, saved = start_process(args), load_checkpoint(args.evaluate)
+    agent = make_agent(15, args, device)
+    agent.load_state_dict(saved["modules"]["agent"])
+    for report in (evaluate, record_video) if args.capture_video else (evaluate,):
+        report(agent, args, device, Path(args.evaluate), saved["run"]["global_step"])
 
 
 if __name__ == "__main__":
-    main()
+    arguments = parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    try:
+        evaluate_run(arguments) if arguments.evaluate else train(arguments)
+    except OSError as error:
+        sys.exit(f"error: {error}")
