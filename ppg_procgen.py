@@ -27,11 +27,12 @@ Deviations from the paper (P) and from the original code (O), github.com/openai/
  5. P: the penalty of the KL variant is the estimate 0.5 E[log-ratio^2], as in O.
  6. P, O: convolutions run in bfloat16 where that is fast; --precision fp32 runs them as P and O do.
  7. P, O: only whole iterations are run, and a last phase with fewer than N_pi of them gets no auxiliary phase.
- 8. P, O: minibatches of over 1024 steps pass through the network in parts; the gradient is the same sum.
+ 8. P, O: minibatches of over 512 steps pass through the network in parts; the gradient is the same sum.
 """
 
 import argparse
 import ctypes
+import io
 import json
 import math
 import os
@@ -88,7 +89,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("ppg_procgen.py", "%(prog)s [flags] (--help lists them)", allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     switch = argparse.BooleanOptionalAction
-    add = parser.add_argument_group("run").add_argument
+    run = parser.add_argument_group("run")
+    add, add_exclusive = run.add_argument, run.add_mutually_exclusive_group().add_argument
     add("--exp-name", default="ppg_procgen", help="name of the experiment, a part of the run directory's name")
     add("--seed", type=int, default=1, help="seed of the network, actions, minibatches and levels")
     add("--torch-deterministic", action=switch, default=True, help="cuDNN uses its deterministic kernels only")
@@ -99,8 +101,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--capture-video", action=switch, default=False, help="record an episode at the end of every phase")
     add("--runs-dir", default="runs", help="directory in which the run makes its own")
     add("--checkpoint-interval", type=int, default=1, help="phases between checkpoints; 0 = never write one")
-    add("--resume", metavar="RUN_DIR", help="continue the run in this directory, with its flags")
-    add("--evaluate", metavar="RUN_DIR", help="play the checkpoint in this directory instead of training")
+    add_exclusive("--resume", metavar="RUN_DIR", help="continue the run in this directory, with its flags")
+    add_exclusive("--evaluate", metavar="RUN_DIR", help="play the checkpoint in this directory instead of training")
     add("--eval-interval", type=int, default=0, help="phases between evaluations while training; 0 = none")
     add("--eval-episodes", type=int, default=100, help="episodes of an evaluation, on each of its two level sets")
     add = parser.add_argument_group("environment").add_argument
@@ -148,9 +150,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         saved = load_checkpoint(source, parser.error)
         # argparse sets a default only where the namespace lacks the name: flags not given keep the values of the run.
         args = parser.parse_args(argv, argparse.Namespace(**saved["args"] | {"resume": None, "evaluate": None}))
-        for name, old in saved["args"].items():
-            if name not in FREE_FLAGS and getattr(args, name) != old:
-                parser.error(f"--{name.replace('_', '-')} would change {source}, which has {old}: leave it out")
+        changed = [k for k, old in saved["args"].items() if k not in FREE_FLAGS and getattr(args, k) != old]
+        if changed:
+            named = ", ".join(f"--{name.replace('_', '-')} (it has {saved['args'][name]})" for name in changed)
+            parser.error(f"leave out what would change the run in {source}: {named}")
         if args.resume and WORLD_SIZE != len(saved["processes"]):
             parser.error(f"{source} has {len(saved['processes'])} processes: give it as many, not {WORLD_SIZE}")
         if args.resume and args.total_timesteps < saved["run"]["global_step"]:
@@ -163,8 +166,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} must lie between {low} and {high:g}, not be {value}")
     rollout, segments = args.num_envs * args.num_steps * WORLD_SIZE, args.num_envs * args.n_iteration
     for wrong, sentence in (
-        (args.resume and args.evaluate, "--resume and --evaluate exclude each other"),
-        (re.search(r"[^\w.+=-]", args.exp_name), "--exp-name must be made of letters, digits and . _ + = - only"),
+        (not re.fullmatch(r"[\w.+=-]+", args.exp_name), "--exp-name must be made of letters, digits and . _ + = -"),
         (args.num_envs % args.num_minibatches, f"--num-minibatches must divide --num-envs, {args.num_envs}"),
         (args.total_timesteps < rollout, f"--total-timesteps must be at least one rollout, {rollout} steps"),
         (args.e_auxiliary and segments % args.num_aux_rollouts,
@@ -190,8 +192,7 @@ class ResidualBlock(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
         scale = (3**-0.5 * 2**-0.5) ** 0.5  # 3 stacks, 2 blocks in each, divided between 2 convolutions
-        self.conv1 = normed(nn.Conv2d(channels, channels, 3, padding=1), scale)
-        self.conv2 = normed(nn.Conv2d(channels, channels, 3, padding=1), scale)
+        self.conv1, self.conv2 = (normed(nn.Conv2d(channels, channels, 3, padding=1), scale) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.conv2(F.relu(self.conv1(F.relu(x))))
@@ -215,9 +216,8 @@ class Agent(nn.Module):
         self.arch, self.bf16_phases = arch, bf16_phases
         self.policy_trunk = impala_trunk()
         self.value_trunk = impala_trunk() if arch == "dual" else self.policy_trunk
-        self.policy_head = normed(nn.Linear(256, num_actions), 0.1)
-        self.value_head = normed(nn.Linear(256, 1), 0.1)
-        self.aux_value_head = normed(nn.Linear(256, 1), 0.1)
+        heads = (normed(nn.Linear(256, outputs), 0.1) for outputs in (num_actions, 1, 1))
+        self.policy_head, self.value_head, self.aux_value_head = heads
         self.to(memory_format=torch.channels_last)
 
     def forward(self, obs: Tensor, phase: str, policy: bool = True, value: bool = True) -> tuple:
@@ -254,8 +254,7 @@ class ProcgenVecEnv(gym.vector.VectorEnv):
         super().__init__(num_envs, gym.spaces.Box(0, 255, (64, 64, 3), np.uint8), gym.spaces.Discrete(15))
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
-        """Starts new episodes, and the sequence of levels; without a seed that is a random one."""
-        self.close_extras()
+        """Starts a sequence of levels afresh; without a seed it is a random one."""
         self.simulator = ProcgenGym3Env(**self.options, rand_seed=seed)
         if self.video:
             self.simulator = VideoRecorderWrapper(self.simulator, info_key="rgb", **self.video)
@@ -280,9 +279,6 @@ class ProcgenVecEnv(gym.vector.VectorEnv):
         self.simulator.set_state(state[0])
         self.episode_returns, self.episode_lengths = state[1].numpy(), state[2].numpy()
         return self.simulator.observe()[1]["rgb"]
-
-    def close_extras(self, **kwargs) -> None:
-        self.simulator = None  # gym3 closes what nobody holds
 
 
 class RewardNormalizer(nn.Module):
@@ -357,7 +353,7 @@ def clone_loss(old_logits: Tensor, logits: Tensor) -> Tensor:
 
 
 # ---- phases ----------------------------------------------------------------------------------------------------------
-MAX_STEPS_PER_PASS = 1024  # bounds the activations in memory, however large a minibatch is (deviation 8)
+MAX_STEPS_PER_PASS = 512  # bounds the activations in memory, however large a minibatch is (deviation 8)
 # What collect_rollout returns; its docstring has the shapes. `episodes`: (return, length) of those that ended.
 Rollout = namedtuple("Rollout", "observations actions log_probs values rewards firsts episodes")
 
@@ -378,9 +374,7 @@ class Means(dict):
 
 def take_segments(observations: Tensor, segments: Tensor, device: torch.device) -> Tensor:
     """Copies the chosen segments [k] of observations [S, T, ...] to the device: [k * T, ...]."""
-    if observations.device == device:
-        return observations[segments].flatten(0, 1)
-    return torch.cat([observations[s].to(device, non_blocking=True) for s in segments.tolist()])  # from pinned memory
+    return torch.cat([observations[s].to(device, non_blocking=True) for s in segments.tolist()])
 
 
 def update(optimizer, loss_of: Callable, minibatch: Tensor, part_size: int, max_grad_norm: float = 0.0) -> None:
@@ -391,7 +385,9 @@ def update(optimizer, loss_of: Callable, minibatch: Tensor, part_size: int, max_
     params = optimizer.param_groups[0]["params"]
     if WORLD_SIZE > 1:
         grads = [p.grad for p in params if p.grad is not None]
-        nn.utils.vector_to_parameters(sum_over_processes(nn.utils.parameters_to_vector(grads)) / WORLD_SIZE, grads)
+        means = sum_over_processes(torch.cat([grad.flatten() for grad in grads])) / WORLD_SIZE
+        for grad, mean in zip(grads, means.split([grad.numel() for grad in grads])):
+            grad.copy_(mean.view(grad.shape))
     if max_grad_norm > 0:
         nn.utils.clip_grad_norm_(params, max_grad_norm)
     optimizer.step()
@@ -446,13 +442,12 @@ def policy_phase(agent: Agent, optimizers: dict, rollout: Rollout, advantages: T
     for kind, epochs in schedule.items():
         for _ in range(epochs):
             # Minibatches are whole environments, not shuffled steps: one contiguous copy each (deviation 4).
-            order = torch.randperm(num_envs, device=rollout.observations.device)
-            for minibatch in order.split(num_envs // args.num_minibatches):
+            for minibatch in torch.randperm(num_envs).split(num_envs // args.num_minibatches):
                 part_size = max(1, MAX_STEPS_PER_PASS // num_steps)
                 update(optimizers[kind], loss_of, minibatch, part_size, args.max_grad_norm)
             if args.target_kl is not None and kind != "value" and means.read()["losses/approx_kl"] > args.target_kl:
                 break
-    unexplained = (targets - rollout.values[:, :-1]).var() / targets.var().clamp_min(1e-8)
+    unexplained = (targets - rollout.values[:, :-1]).var(correction=0) / targets.var(correction=0).clamp_min(1e-8)
     means.add(1, {"explained_variance": 1 - unexplained})
     return means.read()
 
@@ -463,7 +458,7 @@ def auxiliary_phase(agent: Agent, optimizer, observations: Tensor, targets: Tens
     (num_segments, num_steps), device, means = targets.shape, targets.device, Means()
     part_size = min(args.num_aux_rollouts // args.n_aux_grad_accum, max(1, MAX_STEPS_PER_PASS // num_steps))
     with torch.no_grad():  # in the same precision and batches as the updates: the first KL is 0
-        parts = torch.arange(num_segments, device=observations.device).split(part_size)
+        parts = torch.arange(num_segments).split(part_size)
         old_logits = [agent(take_segments(observations, part, device), "auxiliary", value=False)[0] for part in parts]
         old_logits = torch.cat(old_logits).view(num_segments, num_steps, -1)
 
@@ -477,14 +472,16 @@ def auxiliary_phase(agent: Agent, optimizer, observations: Tensor, targets: Tens
         joint_loss = aux_value_loss + args.beta_clone * kl_loss
         return joint_loss + args.aux_vf_coef * real_value_loss
 
-    epochs = [torch.randperm(num_segments, device=observations.device) for _ in range(args.e_auxiliary)]
+    epochs = [torch.randperm(num_segments) for _ in range(args.e_auxiliary)]
     for minibatch in progress([minibatch for epoch in epochs for minibatch in epoch.split(args.num_aux_rollouts)]):
         update(optimizer, loss_of, minibatch, part_size)  # whose zero_grad clears what the policy phase left
     return means.read()
 
 
 # ---- running it for real ---------------------------------------------------------------------------------------------
-say: Callable[[str], object] = tqdm.write if RANK == 0 else (lambda text: None)
+def say(text: str) -> None:
+    if RANK == 0:
+        tqdm.write(text, file=sys.stderr)
 
 
 def keep_freed_memory() -> None:
@@ -554,10 +551,8 @@ def load_checkpoint(run_dir: str, fail: Callable[[str], None] = sys.exit) -> dic
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         assert checkpoint["format"] == CHECKPOINT_FORMAT
         return checkpoint
-    except FileNotFoundError:
-        fail(f"there is no {path}: name the directory of a run that has written a checkpoint")
     except Exception as error:  # noqa: BLE001 (a damaged file may raise anything)
-        fail(f"{path} is damaged, or not a checkpoint of this version ({type(error).__name__})")
+        fail(f"{path} is missing, damaged, or not a checkpoint of this version ({type(error).__name__})")
 
 
 def normalized_return(args: argparse.Namespace, episodic_return: float) -> float:
@@ -571,16 +566,17 @@ class Run:
     def __init__(self, args: argparse.Namespace, saved: dict | None):
         seconds = {"rollout": 0.0, "policy_phase": 0.0, "auxiliary_phase": 0.0, "total": 0.0}
         fresh = {"phase": 0, "iteration": 0, "global_step": 0, "episodes": 0, "recent": [], "seconds": seconds}
-        self.state = saved["run"] if saved else fresh | {"wandb_id": os.urandom(4).hex()}
-        self.args, self.row, self.charts, self.wandb, self.shown = args, {}, {}, None, 0.0
+        self.state = saved["run"] if saved else fresh | {"charts": {}, "wandb_id": os.urandom(4).hex()}
+        self.args, self.row, self.wandb, self.shown = args, {}, None, 0.0
         self.started, first = time.perf_counter() - self.state["seconds"]["total"], self.state["global_step"]
         plain = RANK > 0 or not sys.stderr.isatty()  # then `show` writes lines instead of the bar
         self.bar = tqdm(total=args.total_timesteps, initial=first, unit="step", smoothing=0, disable=plain)
         self.directory, now = Path(args.resume or "."), int(time.time())
         while RANK == 0 and not saved:
+            Path(args.runs_dir).mkdir(parents=True, exist_ok=True)
             try:
                 self.directory = Path(args.runs_dir, f"{args.env_id}__{args.exp_name}__{args.seed}__{now}")
-                self.directory.mkdir(parents=True)
+                self.directory.mkdir()
                 break
             except FileExistsError:  # another run started in this second
                 now += 1
@@ -588,9 +584,12 @@ class Run:
         self.advice, self.advice_once_saved = again if saved else "no checkpoint was written", again
         if RANK == 0:
             self.metrics = self.directory / "metrics.csv"
-            rows = self.metrics.read_text().splitlines(keepends=True) if saved else [",".join(COLUMNS) + "\n"]
-            rows = rows[: 1 + self.state["iteration"]]  # those after the checkpoint come again
-            self.metrics.write_text("".join(rows))
+            rows = self.metrics.read_bytes().splitlines(keepends=True) if saved else []
+            if len(rows) <= self.state["iteration"] and saved:
+                sys.exit(f"error: {self.metrics} lacks rows that it had when the checkpoint was written")
+            with open(self.metrics, "a") as file:
+                file.write("" if saved else ",".join(COLUMNS) + "\n")
+                file.truncate(sum(map(len, rows[: 1 + self.state["iteration"]])) if saved else None)
             say(f"writing to {self.directory}")
         if RANK == 0 and args.track:
             try:
@@ -619,17 +618,17 @@ class Run:
             if name.startswith("time/"):
                 state["seconds"][name.removeprefix("time/")] += value
         state["seconds"]["total"] = time.perf_counter() - self.started
-        self.charts = {"charts/SPS": state["global_step"] / state["seconds"]["total"]}
+        charts = state["charts"] = {"charts/SPS": state["global_step"] / state["seconds"]["total"]}
         if state["recent"]:
             mean_return, mean_length = np.mean(state["recent"], axis=0).tolist()
-            self.charts |= {"charts/episodic_return": mean_return, "charts/episodic_length": mean_length}
-            self.charts["charts/normalized_return"] = normalized_return(self.args, mean_return)
-        self.row |= state | self.charts | metrics
+            charts |= {"charts/episodic_return": mean_return, "charts/episodic_length": mean_length}
+            charts["charts/normalized_return"] = normalized_return(self.args, mean_return)
+        self.row |= state | charts | metrics
         self.show()
 
     def show(self, note: str = "") -> None:
         step, steps, seconds = self.state["global_step"], self.args.total_timesteps, time.perf_counter() - self.started
-        note = f"return {self.charts.get('charts/episodic_return', math.nan):.2f} {note}"
+        note = f"return {self.state['charts'].get('charts/episodic_return', math.nan):.2f} {note}"
         self.bar.set_postfix_str(note, refresh=False)
         self.bar.update(step - self.bar.n)
         if self.bar.disable and seconds > self.shown + 10:
@@ -651,14 +650,14 @@ class Run:
 
     def save(self, **content) -> None:
         """Replaces checkpoint.pt atomically: a failure leaves the previous one as it was."""
-        temporary = self.directory / "checkpoint.tmp"
+        buffer, temporary = io.BytesIO(), self.directory / "checkpoint.tmp"
+        torch.save({"format": CHECKPOINT_FORMAT, "args": vars(self.args), "run": self.state, **content}, buffer)
         try:
             with open(temporary, "wb") as file:
-                torch.save({"format": CHECKPOINT_FORMAT, "args": vars(self.args), "run": self.state, **content}, file)
-                file.flush()
+                file.write(buffer.getbuffer())
                 os.fsync(file.fileno())
             temporary.replace(self.directory / "checkpoint.pt")
-        except (OSError, RuntimeError) as error:  # torch wraps some of the former in the latter
+        except OSError as error:
             temporary.unlink(missing_ok=True)
             sys.exit(f"error: cannot write the checkpoint ({error}); {self.advice}")
         self.advice = self.advice_once_saved
@@ -668,7 +667,10 @@ class Run:
         gpu, host = device.type == "cuda", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         summary = {name: getattr(self.args, name) for name in ("env_id", "distribution_mode", "arch", "seed")}
         summary |= {name: self.state[name] for name in ("global_step", "episodes", "seconds")}
-        summary |= {name.removeprefix("charts/"): value for name, value in self.charts.items()}
+        summary |= dict.fromkeys(
+            ("episodic_return", "episodic_length", "normalized_return")
+        )  # None if no episode ended
+        summary |= {name.removeprefix("charts/"): value for name, value in self.state["charts"].items()}
         summary["peak_memory_bytes"] = {"host": host, "device": torch.cuda.max_memory_allocated() if gpu else 0}
         summary |= {"device": torch.cuda.get_device_name() if gpu else "cpu", "torch": torch.__version__}
         if RANK == 0:
@@ -778,7 +780,7 @@ def train(args: argparse.Namespace, envs: gym.vector.VectorEnv | None = None) ->
         return run.finish(device)
     except KeyboardInterrupt:
         say(f"interrupted at step {run.state['global_step']}; {run.advice}")
-        sys.exit(130)
+        raise
     finally:
         run.write_row()
         run.bar.close()
@@ -800,5 +802,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         evaluate_run(arguments) if arguments.evaluate else train(arguments)
+    except KeyboardInterrupt:
+        sys.exit(130)
     except OSError as error:
         sys.exit(f"error: {error}")
