@@ -567,10 +567,12 @@ class Run:
         seconds = {"rollout": 0.0, "policy_phase": 0.0, "auxiliary_phase": 0.0, "total": 0.0}
         fresh = {"phase": 0, "iteration": 0, "global_step": 0, "episodes": 0, "recent": [], "seconds": seconds}
         self.state = saved["run"] if saved else fresh | {"charts": {}, "wandb_id": os.urandom(4).hex()}
-        self.args, self.row, self.wandb, self.shown = args, {}, None, 0.0
-        self.started, first = time.perf_counter() - self.state["seconds"]["total"], self.state["global_step"]
-        plain = RANK > 0 or not sys.stderr.isatty()  # then `show` writes lines instead of the bar
-        self.bar = tqdm(total=args.total_timesteps, initial=first, unit="step", smoothing=0, disable=plain)
+        self.args, self.row, self.wandb = args, {}, None
+        self.started = time.perf_counter() - self.state["seconds"]["total"]
+        style = {"unit": "step", "smoothing": 0, "miniters": 0, "disable": RANK > 0}
+        if not sys.stderr.isatty():  # lines instead of a bar
+            style |= {"mininterval": 10, "bar_format": "{n_fmt}/{total_fmt}, {rate_fmt}, {remaining} left{postfix}\n"}
+        self.bar = tqdm(total=args.total_timesteps, initial=self.state["global_step"], **style)
         self.directory, now = Path(args.resume or "."), int(time.time())
         while RANK == 0 and not saved:
             Path(args.runs_dir).mkdir(parents=True, exist_ok=True)
@@ -584,12 +586,12 @@ class Run:
         self.advice, self.advice_once_saved = again if saved else "no checkpoint was written", again
         if RANK == 0:
             self.metrics = self.directory / "metrics.csv"
-            rows = self.metrics.read_bytes().splitlines(keepends=True) if saved else []
-            if len(rows) <= self.state["iteration"] and saved:
+            if not saved:
+                self.metrics.write_text(",".join(COLUMNS) + "\n")
+            rows = self.metrics.read_bytes().splitlines(keepends=True)
+            if len(rows) <= self.state["iteration"]:
                 sys.exit(f"error: {self.metrics} lacks rows that it had when the checkpoint was written")
-            with open(self.metrics, "a") as file:
-                file.write("" if saved else ",".join(COLUMNS) + "\n")
-                file.truncate(sum(map(len, rows[: 1 + self.state["iteration"]])) if saved else None)
+            os.truncate(self.metrics, sum(map(len, rows[: 1 + self.state["iteration"]])))  # later rows come again
             say(f"writing to {self.directory}")
         if RANK == 0 and args.track:
             try:
@@ -624,20 +626,13 @@ class Run:
             charts |= {"charts/episodic_return": mean_return, "charts/episodic_length": mean_length}
             charts["charts/normalized_return"] = normalized_return(self.args, mean_return)
         self.row |= state | charts | metrics
-        self.show()
-
-    def show(self, note: str = "") -> None:
-        step, steps, seconds = self.state["global_step"], self.args.total_timesteps, time.perf_counter() - self.started
-        note = f"return {self.state['charts'].get('charts/episodic_return', math.nan):.2f} {note}"
-        self.bar.set_postfix_str(note, refresh=False)
-        self.bar.update(step - self.bar.n)
-        if self.bar.disable and seconds > self.shown + 10:
-            self.shown, left = seconds, (steps / step - 1) * seconds / 60
-            say(f"step {step:,} of {steps:,}, {step / seconds:.0f} SPS, {left:.0f} min left, {note}")
+        self.bar.set_postfix_str(f"return {charts.get('charts/episodic_return', math.nan):.2f}", refresh=False)
+        self.bar.update(state["global_step"] - self.bar.n)
 
     def progress(self, minibatches: list) -> Iterator[Tensor]:
         for i, minibatch in enumerate(minibatches):
-            self.show(f"auxiliary phase {100 * i // len(minibatches)} %")
+            self.bar.set_postfix_str(f"auxiliary phase {100 * i // len(minibatches)} %", refresh=False)
+            self.bar.update(0)
             yield minibatch
 
     def write_row(self) -> None:
@@ -789,19 +784,18 @@ def train(args: argparse.Namespace, envs: gym.vector.VectorEnv | None = None) ->
         envs.close()
 
 
-def evaluate_run(args: argparse.Namespace) -> None:
-    device, saved = start_process(args), load_checkpoint(args.evaluate)
-    agent = make_agent(15, args, device)
-    agent.load_state_dict(saved["modules"]["agent"])
-    for report in (evaluate, record_video) if args.capture_video else (evaluate,):
-        report(agent, args, device, Path(args.evaluate), saved["run"]["global_step"])
-
-
 if __name__ == "__main__":
-    arguments = parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
-        evaluate_run(arguments) if arguments.evaluate else train(arguments)
+        args = parse_args()
+        if args.evaluate:
+            device, saved = start_process(args), load_checkpoint(args.evaluate)
+            agent = make_agent(15, args, device)
+            agent.load_state_dict(saved["modules"]["agent"])
+            for report in (evaluate, record_video) if args.capture_video else (evaluate,):
+                report(agent, args, device, Path(args.evaluate), saved["run"]["global_step"])
+        else:
+            train(args)
     except KeyboardInterrupt:
         sys.exit(130)
     except OSError as error:
