@@ -685,7 +685,6 @@ def play(agent: Agent, envs: ProcgenVecEnv, episodes: int, seed: int, device: to
         for i in np.flatnonzero(infos["_episode"] * quota if infos else ()):
             returns.append(infos["episode"]["r"][i])
             quota[i] -= 1
-    envs.close()
     return np.array(returns)
 
 
@@ -781,7 +780,6 @@ def train(args: argparse.Namespace, envs: gym.vector.VectorEnv | None = None) ->
         run.bar.close()
         if run.wandb:
             run.wandb.finish()
-        envs.close()
 
 
 if __name__ == "__main__":
