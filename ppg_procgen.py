@@ -132,17 +132,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--ent-coef", type=float, default=0.01, help="beta_S: of the entropy bonus")
     add("--vf-coef", type=float, default=0.5, help="weight of the value head's mean squared error")
     add("--max-grad-norm", type=float, default=0.0, help="clips the L2 norm of the gradient; 0 = off")
-    add("--target-kl", type=float, help="ends an iteration's policy epochs when approx_kl exceeds it; None = off")
+    add("--target-kl", type=float, help="ends the policy epochs once the iteration's mean approx_kl exceeds it")
     add = parser.add_argument_group("auxiliary phase").add_argument
     add("--e-auxiliary", type=int, default=6, help="E_aux: epochs over the phase's segments; 0 = no such phase")
     add("--beta-clone", type=float, default=1.0, help="beta_clone: weight of the KL to the old policy")
     add("--aux-vf-coef", type=float, default=1.0, help="weight of the value head's loss")
     add("--aux-learning-rate", type=float, default=5e-4, help="Adam step size of the auxiliary phase")
     add("--num-aux-rollouts", type=int, default=4, help="segments (T steps of one environment) per minibatch")
-    add("--n-aux-grad-accum", type=int, default=1, help="parts a minibatch is computed in, to save memory")
+    add("--n-aux-grad-accum", type=int, default=1, help="least number of parts a minibatch is computed in")
     add = parser.add_argument_group("system").add_argument
     add("--precision", choices=("auto", "bf16", "bf16-aux", "fp32"), default="auto", help="bfloat16 convolutions "
-        "always, in the auxiliary phase, never; auto = bf16 on a CPU, bf16-aux on a GPU, if they have fast bfloat16")
+        "always, in the auxiliary phase, never; auto = bf16 on a CPU, bf16-aux on a GPU; fp32 where bfloat16 is slow")
     add("--aux-buffer-device", choices=("auto", "cpu", "cuda"), default="auto", help="home of a phase's observations")
 
     args = parser.parse_args(argv)
@@ -171,6 +171,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         (args.total_timesteps < rollout, f"--total-timesteps must be at least one rollout, {rollout} steps"),
         (args.e_auxiliary and segments % args.num_aux_rollouts,
          f"--num-aux-rollouts must divide {segments}, the segments of a phase (num_envs x n_iteration)"),
+        (args.evaluate and WORLD_SIZE > 1, "--evaluate runs in one process, without torchrun"),
         (args.num_aux_rollouts % args.n_aux_grad_accum, "--n-aux-grad-accum must divide --num-aux-rollouts"),
         (args.aux_buffer_device == "cuda" and not (args.cuda and torch.cuda.is_available()),
          "--aux-buffer-device cuda needs a GPU: leave it at auto")):
@@ -200,11 +201,10 @@ class ResidualBlock(nn.Module):
 
 def impala_trunk() -> nn.Sequential:
     """The IMPALA CNN (Espeholt et al. 2018, figure 3): images [B, 3, 64, 64] -> features [B, 256]."""
-    layers, in_channels = [], 3
-    for channels in (16, 32, 32):
+    layers = []
+    for in_channels, channels in ((3, 16), (16, 32), (32, 32)):
         layers += [normed(nn.Conv2d(in_channels, channels, 3, padding=1), 1.0), nn.MaxPool2d(3, stride=2, padding=1)]
         layers += [ResidualBlock(channels), ResidualBlock(channels)]
-        in_channels = channels
     return nn.Sequential(*layers, nn.Flatten(), nn.ReLU(), normed(nn.Linear(2048, 256), 1.4), nn.ReLU())
 
 
@@ -271,8 +271,7 @@ class ProcgenVecEnv(gym.vector.VectorEnv):
 
     def get_state(self) -> tuple:
         """All that later steps depend on, in types that a checkpoint may hold."""
-        running = torch.from_numpy(self.episode_returns), torch.from_numpy(self.episode_lengths)
-        return self.simulator.get_state(), *running
+        return self.simulator.get_state(), *map(torch.from_numpy, (self.episode_returns, self.episode_lengths))
 
     def set_state(self, state: tuple) -> np.ndarray:
         """Goes back to a state; returns its observations."""
@@ -353,7 +352,7 @@ def clone_loss(old_logits: Tensor, logits: Tensor) -> Tensor:
 
 
 # ---- phases ----------------------------------------------------------------------------------------------------------
-MAX_STEPS_PER_PASS = 512  # bounds the activations in memory, however large a minibatch is (deviation 8)
+MAX_STEPS_PER_PASS = 512  # but at least a segment: bounds the memory of activations (deviation 8)
 # What collect_rollout returns; its docstring has the shapes. `episodes`: (return, length) of those that ended.
 Rollout = namedtuple("Rollout", "observations actions log_probs values rewards firsts episodes")
 
@@ -403,7 +402,7 @@ def collect_rollout(agent: Agent, envs, obs: np.ndarray, observations: Tensor, d
     values, rewards = torch.empty((num_envs, num_steps + 1), device=device), np.empty(shape, np.float32)
     firsts, episodes = np.empty((num_envs, num_steps + 1), np.float32), []
     for t in range(num_steps):
-        observations[:, t], firsts[:, t] = torch.from_numpy(obs), envs.episode_lengths == 0
+        observations[:, t], firsts[:, t] = torch.from_numpy(obs), envs.episode_lengths == 0  # 0: begins
         logits, _, values[:, t] = agent(observations[:, t].to(device), "policy")
         pi = Categorical(logits=logits)
         actions[:, t] = action = pi.sample()
@@ -424,7 +423,7 @@ def policy_phase(agent: Agent, optimizers: dict, rollout: Rollout, advantages: T
     separate, (num_envs, num_steps) = args.e_policy != args.e_value, advantages.shape
     schedule = {"value": args.e_value, "policy": args.e_policy} if separate else {"joint": args.e_policy}
 
-    def loss_of(part: Tensor) -> Tensor:
+    def loss_of(part: Tensor) -> Tensor:  # of the `kind` that the loop below is at
         obs, loss = take_segments(rollout.observations, part, advantages.device), 0
         logits, _, values = agent(obs, "policy", policy=kind != "value", value=kind != "policy")
         if kind != "value":
@@ -457,7 +456,7 @@ def auxiliary_phase(agent: Agent, optimizer, observations: Tensor, targets: Tens
     `progress` is given the list of minibatches and hands them out, so that it can count them."""
     (num_segments, num_steps), device, means = targets.shape, targets.device, Means()
     part_size = min(args.num_aux_rollouts // args.n_aux_grad_accum, max(1, MAX_STEPS_PER_PASS // num_steps))
-    with torch.no_grad():  # in the same precision and batches as the updates: the first KL is 0
+    with torch.no_grad():  # in the precision and batch size of the updates, so that the first KL is 0
         parts = torch.arange(num_segments).split(part_size)
         old_logits = [agent(take_segments(observations, part, device), "auxiliary", value=False)[0] for part in parts]
         old_logits = torch.cat(old_logits).view(num_segments, num_steps, -1)
@@ -469,8 +468,7 @@ def auxiliary_phase(agent: Agent, optimizer, observations: Tensor, targets: Tens
         real_value_loss = 0.5 * F.mse_loss(values, targets[part].flatten())
         means.add(len(part), {"aux/kl_loss": kl_loss, "aux/aux_value_loss": aux_value_loss})
         means.add(len(part), {"aux/real_value_loss": real_value_loss})
-        joint_loss = aux_value_loss + args.beta_clone * kl_loss
-        return joint_loss + args.aux_vf_coef * real_value_loss
+        return aux_value_loss + args.beta_clone * kl_loss + args.aux_vf_coef * real_value_loss  # L_joint + L_value
 
     epochs = [torch.randperm(num_segments) for _ in range(args.e_auxiliary)]
     for minibatch in progress([minibatch for epoch in epochs for minibatch in epoch.split(args.num_aux_rollouts)]):
@@ -509,7 +507,7 @@ def make_agent(num_actions: int, args: argparse.Namespace, device: torch.device)
     """The same agent in all processes; bfloat16 as --precision asks for, if the hardware is fast in it."""
     cpu, on_gpu, both = torch.cpu.get_capabilities(), device.type == "cuda", ["policy", "auxiliary"]
     fast = torch.cuda.is_bf16_supported(False) if on_gpu else cpu.get("avx512_bf16") or cpu.get("amx_bf16")
-    phases = {"fp32": [], "bf16-aux": both[1:], "bf16": both, "auto": both[on_gpu:]}[args.precision]
+    phases = {"fp32": [], "bf16-aux": both[1:], "bf16": both, "auto": both[1:] if on_gpu else both}[args.precision]
     if phases and not fast:
         say("bfloat16 is not fast on this hardware: running in float32")
     torch.manual_seed(args.seed)
@@ -522,7 +520,7 @@ def make_envs(args: argparse.Namespace, num_envs: int, num_levels: int, video: d
 
 
 def allocate_observations(shape: tuple[int, ...], device: torch.device, home: str) -> Tensor:
-    """A phase's observations, uint8, on the GPU or in (then pinned) host memory. Exit status 2 if they do not fit."""
+    """A phase's observations, uint8, on the GPU or in host memory (pinned for it). Exit status 2 if they do not fit."""
     need, free, pin = math.prod(shape), math.inf, False
     if device.type == "cuda":
         free = 0.8 * torch.cuda.mem_get_info(device)[0]  # the rest is for activations
@@ -532,7 +530,10 @@ def allocate_observations(shape: tuple[int, ...], device: torch.device, home: st
         free = int(available) * 1024 / LOCAL_WORLD_SIZE
     if need > free:
         sizes = f"{need / 1e9:.1f} GB per process, and {free / 1e9:.1f} GB are free"
-        say(f"error: a phase's observations need {sizes}: lower --num-envs, --num-steps or --n-iteration")
+        print(
+            f"error: a phase's observations need {sizes}: lower --num-envs, --num-steps or --n-iteration",
+            file=sys.stderr,
+        )
         sys.exit(2)
     return torch.empty(shape, dtype=torch.uint8, device="cpu" if pin else device, pin_memory=pin)
 
@@ -614,9 +615,10 @@ class Run:
             state["global_step"] += self.args.num_envs * self.args.num_steps * WORLD_SIZE
             state["episodes"] += len(new)
             state["recent"] = (state["recent"] + new)[-100:]
-        for name, value in metrics.items():  # alike in all processes: metrics are means over them
+        for name, value in metrics.items():  # the losses are alike in all processes
             if not math.isfinite(value):
-                sys.exit(f"error: {name} is {value} at step {state['global_step']}; {self.advice}")
+                say(f"error: {name} is {value} at step {state['global_step']}; {self.advice}")
+                sys.exit(1)
             if name.startswith("time/"):
                 state["seconds"][name.removeprefix("time/")] += value
         state["seconds"]["total"] = time.perf_counter() - self.started
@@ -650,6 +652,7 @@ class Run:
         try:
             with open(temporary, "wb") as file:
                 file.write(buffer.getbuffer())
+                file.flush()
                 os.fsync(file.fileno())
             temporary.replace(self.directory / "checkpoint.pt")
         except OSError as error:
@@ -662,9 +665,7 @@ class Run:
         gpu, host = device.type == "cuda", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         summary = {name: getattr(self.args, name) for name in ("env_id", "distribution_mode", "arch", "seed")}
         summary |= {name: self.state[name] for name in ("global_step", "episodes", "seconds")}
-        summary |= dict.fromkeys(
-            ("episodic_return", "episodic_length", "normalized_return")
-        )  # None if no episode ended
+        summary |= dict.fromkeys(("episodic_return", "episodic_length", "normalized_return"))  # None: no episode ended
         summary |= {name.removeprefix("charts/"): value for name, value in self.state["charts"].items()}
         summary["peak_memory_bytes"] = {"host": host, "device": torch.cuda.max_memory_allocated() if gpu else 0}
         summary |= {"device": torch.cuda.get_device_name() if gpu else "cpu", "torch": torch.__version__}
@@ -757,7 +758,6 @@ def train(args: argparse.Namespace, envs: gym.vector.VectorEnv | None = None) ->
                 start, phase = time.perf_counter(), (observations.flatten(0, 1), value_targets.flatten(0, 1))
                 metrics = auxiliary_phase(agent, optimizers["auxiliary"], *phase, args, run.progress)
                 run.log(metrics | {"time/auxiliary_phase": time.perf_counter() - start})
-
             run.state["phase"] += 1
             report = agent, args, device, run.directory, run.state["global_step"]
             if RANK == 0 and args.eval_interval and run.state["phase"] % args.eval_interval == 0:
