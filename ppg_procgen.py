@@ -479,7 +479,7 @@ def auxiliary_phase(agent: Agent, optimizer, observations: Tensor, targets: Tens
 # ---- running it for real ---------------------------------------------------------------------------------------------
 def say(text: str) -> None:
     if RANK == 0:
-        tqdm.write(text, file=sys.stderr)
+        (tqdm.write if sys.stderr.isatty() else print)(text, file=sys.stderr)
 
 
 def keep_freed_memory() -> None:
