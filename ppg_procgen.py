@@ -1,8 +1,7 @@
 """Phasic Policy Gradient (PPG) on Procgen, in one file: Cobbe, Hilton, Klimov, Schulman 2020, arXiv 2009.04416.
 
-A policy and a value function that share one network disturb each other; in two networks they learn no features from
-each other. PPG has both: the policy phase trains two networks as PPO does, the auxiliary phase distils the value
-function into the features of the policy network, over many epochs, while a KL term holds the policy where it was.
+A policy and a value function that share one network disturb each other; in two, neither learns features for the other.
+PPG trains two as PPO does, then distils the values into the policy network, while a KL term holds the policy in place.
 
 Algorithm 1 of the paper, and the function that does it:
     for phase = 1, 2, ...                                                                train
@@ -15,9 +14,7 @@ Algorithm 1 of the paper, and the function that does it:
 
 Shapes: N environments per process, T steps of a rollout, A actions, B samples. A segment is what one environment does
 in one rollout, T steps; minibatches are made of whole segments, and a phase has S = N_pi x N of them.
-
-Run `python ppg_procgen.py --track`; its single-network form with `--arch detach`; PPO with `--arch shared --e-policy 3
---e-value 3 --e-auxiliary 0`; `--help` lists the rest.
+Run `python ppg_procgen.py --track`; PPO is `--arch shared --e-policy 3 --e-value 3 --e-auxiliary 0`; see also `--help`.
 
 Deviations from the paper (P) and from the original code (O), github.com/openai/phasic-policy-gradient:
  1. O: under --arch detach the value loss of the auxiliary phase reaches the trunk, as in P; O stops it in both phases.
@@ -34,7 +31,6 @@ import argparse
 import ctypes
 import io
 import json
-import math
 import os
 import re
 import resource
@@ -42,7 +38,7 @@ import signal
 import sys
 import time
 from collections import namedtuple
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import gym_notices.notices
@@ -64,22 +60,19 @@ RANK, LOCAL_RANK = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_R
 WORLD_SIZE, LOCAL_WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 CHECKPOINT_FORMAT = 1
 # fmt: off
-# R_min, R_max of each game: easy, then hard (Cobbe et al. 2019, arXiv 1912.01588, appendix C).
-RETURN_RANGES = {
+RETURN_RANGES = {  # R_min, R_max of each game: easy, then hard (Cobbe et al. 2019, arXiv 1912.01588, appendix C)
     "bigfish": (1, 40, 0, 40), "bossfight": (0.5, 13, 0.5, 13), "caveflyer": (3.5, 12, 2, 13.4),
     "chaser": (0.5, 13, 0.5, 14.2), "climber": (2, 12.6, 1, 12.6), "coinrun": (5, 10, 5, 10),
     "dodgeball": (1.5, 19, 1.5, 19), "fruitbot": (-1.5, 32.4, -0.5, 27.2), "heist": (3.5, 10, 2, 10),
     "jumper": (3, 10, 1, 10), "leaper": (3, 10, 1.5, 10), "maze": (5, 10, 4, 10), "miner": (1.5, 13, 1.5, 20),
     "ninja": (3.5, 10, 2, 10), "plunder": (4.5, 30, 3, 30), "starpilot": (2.5, 64, 1.5, 35)}
-COLUMNS = [  # of metrics.csv
-    "iteration", "global_step", "episodes", "charts/episodic_return", "charts/episodic_length",
+COLUMNS = ["iteration", "global_step", "episodes", "charts/episodic_return", "charts/episodic_length",
     "charts/normalized_return", "charts/SPS", "charts/learning_rate", "time/rollout", "time/policy_phase",
     "time/auxiliary_phase", "losses/policy_loss", "losses/value_loss", "losses/entropy", "losses/approx_kl",
     "losses/old_approx_kl", "losses/clipfrac", "losses/explained_variance", "losses/aux/kl_loss",
     "losses/aux/aux_value_loss", "losses/aux/real_value_loss", "eval/train_levels_return",
-    "eval/train_levels_normalized_return", "eval/all_levels_return", "eval/all_levels_normalized_return"]
-# Flags that do not change what is learned: beside --resume or --evaluate they may differ from those of the run.
-FREE_FLAGS = (
+    "eval/train_levels_normalized_return", "eval/all_levels_return", "eval/all_levels_normalized_return"]  # metrics.csv
+FREE_FLAGS = (  # those that do not change what is learned: they may differ beside --resume and --evaluate
     "resume", "evaluate", "total_timesteps", "cuda", "track", "wandb_project_name", "wandb_entity", "capture_video",
     "runs_dir", "checkpoint_interval", "eval_interval", "eval_episodes", "env_threads", "aux_buffer_device")
 
@@ -150,14 +143,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         saved = load_checkpoint(source, parser.error)
         # argparse sets a default only where the namespace lacks the name: flags not given keep the values of the run.
         args = parser.parse_args(argv, argparse.Namespace(**saved["args"] | {"resume": None, "evaluate": None}))
-        changed = [k for k, old in saved["args"].items() if k not in FREE_FLAGS and getattr(args, k) != old]
-        if changed:
-            named = ", ".join(f"--{name.replace('_', '-')} (it has {saved['args'][name]})" for name in changed)
-            parser.error(f"leave out what would change the run in {source}: {named}")
-        if args.resume and WORLD_SIZE != len(saved["processes"]):
-            parser.error(f"{source} has {len(saved['processes'])} processes: give it as many, not {WORLD_SIZE}")
-        if args.resume and args.total_timesteps < saved["run"]["global_step"]:
-            parser.error(f"--total-timesteps must be at least the {saved['run']['global_step']} steps already made")
+        if changed := [f"--{name.replace('_', '-')} (it has {old})" for name, old in saved["args"].items()
+                       if name not in FREE_FLAGS and getattr(args, name) != old]:
+            parser.error(f"leave out what would change the run in {source}: {', '.join(changed)}")
+        processes, steps = len(saved["processes"]), saved["run"]["global_step"]
+        if args.resume and (WORLD_SIZE != processes or args.total_timesteps < steps):
+            parser.error(f"{source} goes on with {processes} processes and a --total-timesteps of at least {steps}")
     may_be_0 = ("seed", "checkpoint_interval", "eval_interval", "num_levels", "start_level", "e_auxiliary")
     for name, value in vars(args).items():
         low = 1 if type(value) is int and name not in may_be_0 else 0
@@ -169,8 +160,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         (not re.fullmatch(r"[\w.+=-]+", args.exp_name), "--exp-name must be made of letters, digits and . _ + = -"),
         (args.num_envs % args.num_minibatches, f"--num-minibatches must divide --num-envs, {args.num_envs}"),
         (args.total_timesteps < rollout, f"--total-timesteps must be at least one rollout, {rollout} steps"),
-        (args.e_auxiliary and segments % args.num_aux_rollouts,
-         f"--num-aux-rollouts must divide {segments}, the segments of a phase (num_envs x n_iteration)"),
+        (args.e_auxiliary and segments % args.num_aux_rollouts, f"--num-aux-rollouts must divide N x N_pi, {segments}"),
         (args.evaluate and WORLD_SIZE > 1, "--evaluate runs in one process, without torchrun"),
         (args.num_aux_rollouts % args.n_aux_grad_accum, "--n-aux-grad-accum must divide --num-aux-rollouts"),
         (args.aux_buffer_device == "cuda" and not (args.cuda and torch.cuda.is_available()),
@@ -189,22 +179,19 @@ def normed(layer: nn.Module, scale: float) -> nn.Module:
     return layer
 
 
-class ResidualBlock(nn.Module):
-    def __init__(self, channels: int):
-        super().__init__()
-        scale = (3**-0.5 * 2**-0.5) ** 0.5  # 3 stacks, 2 blocks in each, divided between 2 convolutions
-        self.conv1, self.conv2 = (normed(nn.Conv2d(channels, channels, 3, padding=1), scale) for _ in range(2))
-
+class Residual(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv2(F.relu(self.conv1(F.relu(x))))
+        return x + super().forward(x)
 
 
 def impala_trunk() -> nn.Sequential:
     """The IMPALA CNN (Espeholt et al. 2018, figure 3): images [B, 3, 64, 64] -> features [B, 256]."""
-    layers = []
+    layers, scale = [], (3**-0.5 * 2**-0.5) ** 0.5  # 3 stacks, 2 blocks in each, divided between 2 convolutions
     for in_channels, channels in ((3, 16), (16, 32), (32, 32)):
         layers += [normed(nn.Conv2d(in_channels, channels, 3, padding=1), 1.0), nn.MaxPool2d(3, stride=2, padding=1)]
-        layers += [ResidualBlock(channels), ResidualBlock(channels)]
+        for _ in range(2):
+            conv1, conv2 = (normed(nn.Conv2d(channels, channels, 3, padding=1), scale) for _ in range(2))
+            layers.append(Residual(nn.ReLU(), conv1, nn.ReLU(), conv2))
     return nn.Sequential(*layers, nn.Flatten(), nn.ReLU(), normed(nn.Linear(2048, 256), 1.4), nn.ReLU())
 
 
@@ -244,17 +231,16 @@ class Agent(nn.Module):
 # ---- environments ----------------------------------------------------------------------------------------------------
 class ProcgenVecEnv(gym.vector.VectorEnv):
     """Procgen environments that step together: observations [N, 64, 64, 3] uint8, rewards [N] float32.
-    An episode that ends is followed by the next at once. Where infos["_episode"] is true, infos["episode"] has its
-    return "r" and length "l", as with gym's RecordEpisodeStatistics. A time-out looks like a death: both terminate.
-    `video` (arguments of gym3's recorder) films environment 0, `options` go to ProcgenGym3Env."""
+    An episode that ends is followed by the next at once; infos["episode"] has its return "r" and length "l" where
+    infos["_episode"] is true. A time-out looks like a death. `video`, for gym3's recorder, films environment 0."""
 
-    def __init__(self, num_envs: int, env_id: str, video: dict | None = None, **options):
-        self.options = {"num": num_envs, "env_name": env_id, "render_mode": "rgb_array" if video else None, **options}
-        self.simulator, self.video = None, video
+    def __init__(self, args: argparse.Namespace, num_envs: int, num_levels: int, video: dict | None = None):
+        self.video, self.options = video, {"env_name": args.env_id, "distribution_mode": args.distribution_mode}
+        self.options |= {"num": num_envs, "num_levels": num_levels, "start_level": args.start_level}
+        self.options |= {"num_threads": args.env_threads, "render_mode": "rgb_array" if video else None}
         super().__init__(num_envs, gym.spaces.Box(0, 255, (64, 64, 3), np.uint8), gym.spaces.Discrete(15))
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
-        """Starts a sequence of levels afresh; without a seed it is a random one."""
         self.simulator = ProcgenGym3Env(**self.options, rand_seed=seed)
         if self.video:
             self.simulator = VideoRecorderWrapper(self.simulator, info_key="rgb", **self.video)
@@ -270,11 +256,9 @@ class ProcgenVecEnv(gym.vector.VectorEnv):
         return obs["rgb"], rewards, done, np.zeros_like(done), infos
 
     def get_state(self) -> tuple:
-        """All that later steps depend on, in types that a checkpoint may hold."""
         return self.simulator.get_state(), *map(torch.from_numpy, (self.episode_returns, self.episode_lengths))
 
     def set_state(self, state: tuple) -> np.ndarray:
-        """Goes back to a state; returns its observations."""
         self.simulator.set_state(state[0])
         self.episode_returns, self.episode_lengths = state[1].numpy(), state[2].numpy()
         return self.simulator.observe()[1]["rgb"]
@@ -331,7 +315,7 @@ def compute_gae(*, rewards: Tensor, values: Tensor, firsts: Tensor, gamma: float
 
 def policy_loss(*, logits, actions, old_log_probs, advantages, clip_coef: float, kl_coef: float) -> tuple[Tensor, dict]:
     """The surrogate of PPO, clipped (0: not), and the penalty of the KL variant. logits [B, A], all else [B].
-    Returns the loss and, as metrics, it and the entropy (nats) among others: scalars, means over the batch."""
+    Returns the loss and metrics, means over the batch; KL[old, new] as in joschu.net/blog/kl-approx.html."""
     assert actions.shape == old_log_probs.shape == advantages.shape == logits.shape[:1]
     pi = Categorical(logits=logits)
     log_ratio = pi.log_prob(actions) - old_log_probs
@@ -340,7 +324,6 @@ def policy_loss(*, logits, actions, old_log_probs, advantages, clip_coef: float,
     if clip_coef > 0:
         surrogate = torch.min(surrogate, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantages)
     loss = -surrogate.mean() + kl_coef * 0.5 * log_ratio.square().mean()  # deviation 5
-    # Two estimates of KL[old, new]: Schulman, http://joschu.net/blog/kl-approx.html
     metrics = {"old_approx_kl": -log_ratio.mean(), "approx_kl": (ratio - 1 - log_ratio).mean()}
     clipfrac = ((ratio - 1).abs() > clip_coef).float().mean()
     return loss, {"policy_loss": loss, "entropy": pi.entropy().mean(), "clipfrac": clipfrac, **metrics}
@@ -353,22 +336,20 @@ def clone_loss(old_logits: Tensor, logits: Tensor) -> Tensor:
 
 # ---- phases ----------------------------------------------------------------------------------------------------------
 MAX_STEPS_PER_PASS = 512  # but at least a segment: bounds the memory of activations (deviation 8)
-# What collect_rollout returns; its docstring has the shapes. `episodes`: (return, length) of those that ended.
 Rollout = namedtuple("Rollout", "observations actions log_probs values rewards firsts episodes")
 
 
 class Means(dict):
-    """Weighted means of scalars, which stay on the device until `read`: that is the only host synchronisation."""
+    """Weighted means of scalars, on the device until `read`: that alone waits for it. All processes read the same."""
 
-    def add(self, weight: float, scalars: dict[str, Tensor]) -> None:
+    def add(self, weight: float, **scalars: Tensor) -> None:
         for name, scalar in scalars.items():
             total, weights = self.get(name, (0, 0))
             self[name] = total + weight * scalar.detach(), weights + weight
 
-    def read(self) -> dict[str, float]:
-        """The means of all processes together, so that all of them decide alike on what they read."""
+    def read(self, prefix: str) -> dict[str, float]:
         means = sum_over_processes(torch.stack([total / weights for total, weights in self.values()])) / WORLD_SIZE
-        return {f"losses/{name}": mean for name, mean in zip(self, means.tolist())}
+        return {prefix + name: mean for name, mean in zip(self, means.tolist())}
 
 
 def take_segments(observations: Tensor, segments: Tensor, device: torch.device) -> Tensor:
@@ -395,8 +376,8 @@ def update(optimizer, loss_of: Callable, minibatch: Tensor, part_size: int, max_
 @torch.no_grad()
 def collect_rollout(agent: Agent, envs, obs: np.ndarray, observations: Tensor, device) -> tuple[Rollout, np.ndarray]:
     """Plays T steps from obs [N, 64, 64, 3], storing what it sees in observations [N, T, 64, 64, 3].
-    Returns a Rollout of observations, actions [N, T], log pi(a_t | s_t) [N, T], V(s_t) [N, T+1], rewards as the game
-    gives them [N, T] and firsts [N, T+1], 1 where s_t opens an episode; and the obs to go on from."""
+    Returns the Rollout and the next obs. Actions, log pi(a_t | s_t) and rewards (as the game gives them) are [N, T],
+    values V(s_t) and firsts (1 where s_t opens an episode) [N, T+1], episodes (return, length) of those that ended."""
     shape = num_envs, num_steps = observations.shape[:2]
     actions, log_probs = torch.empty(shape, dtype=torch.long, device=device), torch.empty(shape, device=device)
     values, rewards = torch.empty((num_envs, num_steps + 1), device=device), np.empty(shape, np.float32)
@@ -431,11 +412,11 @@ def policy_phase(agent: Agent, optimizers: dict, rollout: Rollout, advantages: T
             coefs = {"clip_coef": args.clip_coef, "kl_coef": args.kl_coef}
             loss, metrics = policy_loss(logits=logits, advantages=advantages[part].flatten(), **batch, **coefs)
             loss = loss - args.ent_coef * metrics["entropy"]
-            means.add(len(part), metrics)
+            means.add(len(part), **metrics)
         if kind != "policy":
             value_loss = args.vf_coef * F.mse_loss(values, targets[part].flatten())
             loss = loss + value_loss
-            means.add(len(part), {"value_loss": value_loss})
+            means.add(len(part), value_loss=value_loss)
         return loss
 
     for kind, epochs in schedule.items():
@@ -444,36 +425,33 @@ def policy_phase(agent: Agent, optimizers: dict, rollout: Rollout, advantages: T
             for minibatch in torch.randperm(num_envs).split(num_envs // args.num_minibatches):
                 part_size = max(1, MAX_STEPS_PER_PASS // num_steps)
                 update(optimizers[kind], loss_of, minibatch, part_size, args.max_grad_norm)
-            if args.target_kl is not None and kind != "value" and means.read()["losses/approx_kl"] > args.target_kl:
+            if args.target_kl is not None and kind != "value" and means.read("")["approx_kl"] > args.target_kl:
                 break
     unexplained = (targets - rollout.values[:, :-1]).var(correction=0) / targets.var(correction=0).clamp_min(1e-8)
-    means.add(1, {"explained_variance": 1 - unexplained})
-    return means.read()
+    means.add(1, explained_variance=1 - unexplained)
+    return means.read("losses/")
 
 
 def auxiliary_phase(agent: Agent, optimizer, observations: Tensor, targets: Tensor, args, progress=iter) -> dict:
-    """The epochs over a phase: observations [S, T, 64, 64, 3], value targets [S, T]. Returns metrics.
-    `progress` is given the list of minibatches and hands them out, so that it can count them."""
+    """The epochs over a phase: observations [S, T, 64, 64, 3], targets [S, T]; `progress` counts. Returns metrics."""
     (num_segments, num_steps), device, means = targets.shape, targets.device, Means()
     part_size = min(args.num_aux_rollouts // args.n_aux_grad_accum, max(1, MAX_STEPS_PER_PASS // num_steps))
     with torch.no_grad():  # in the precision and batch size of the updates, so that the first KL is 0
-        parts = torch.arange(num_segments).split(part_size)
-        old_logits = [agent(take_segments(observations, part, device), "auxiliary", value=False)[0] for part in parts]
-        old_logits = torch.cat(old_logits).view(num_segments, num_steps, -1)
+        parts = (take_segments(observations, part, device) for part in torch.arange(num_segments).split(part_size))
+        old_logits = torch.cat([agent(obs, "auxiliary", value=False)[0] for obs in parts]).view(*targets.shape, -1)
 
     def loss_of(part: Tensor) -> Tensor:
         logits, aux_values, values = agent(take_segments(observations, part, device), "auxiliary")
         kl_loss = clone_loss(old_logits[part].flatten(0, 1), logits)
         aux_value_loss = 0.5 * F.mse_loss(aux_values, targets[part].flatten())
         real_value_loss = 0.5 * F.mse_loss(values, targets[part].flatten())
-        means.add(len(part), {"aux/kl_loss": kl_loss, "aux/aux_value_loss": aux_value_loss})
-        means.add(len(part), {"aux/real_value_loss": real_value_loss})
+        means.add(len(part), kl_loss=kl_loss, aux_value_loss=aux_value_loss, real_value_loss=real_value_loss)
         return aux_value_loss + args.beta_clone * kl_loss + args.aux_vf_coef * real_value_loss  # L_joint + L_value
 
-    epochs = [torch.randperm(num_segments) for _ in range(args.e_auxiliary)]
-    for minibatch in progress([minibatch for epoch in epochs for minibatch in epoch.split(args.num_aux_rollouts)]):
+    epochs = torch.cat([torch.randperm(num_segments) for _ in range(args.e_auxiliary)])
+    for minibatch in progress(epochs.split(args.num_aux_rollouts)):
         update(optimizer, loss_of, minibatch, part_size)  # whose zero_grad clears what the policy phase left
-    return means.read()
+    return means.read("losses/aux/")
 
 
 # ---- running it for real ---------------------------------------------------------------------------------------------
@@ -489,57 +467,42 @@ def keep_freed_memory() -> None:
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
 
 
-def start_process(args: argparse.Namespace) -> torch.device:
-    """Joins the other processes that torchrun started, and picks the device."""
+def start_process(args: argparse.Namespace) -> tuple[torch.device, list[str]]:
+    """Joins the processes that torchrun started. Picks the device and, by --precision, the phases to be in bfloat16."""
     keep_freed_memory()
     if WORLD_SIZE > 1 and not dist.is_initialized():
         dist.init_process_group()  # NCCL for what is on GPUs, gloo for what is not
+    device, both, cpu = torch.device("cpu"), ["policy", "auxiliary"], torch.cpu.get_capabilities()
+    phases, fast = both, cpu.get("avx512_bf16") or cpu.get("amx_bf16")
     if args.cuda and torch.cuda.is_available():
-        torch.cuda.set_device(LOCAL_RANK)
+        device, phases, fast = torch.device("cuda", LOCAL_RANK), both[1:], torch.cuda.is_bf16_supported(False)
+        torch.cuda.set_device(device)
         torch.backends.cudnn.deterministic = args.torch_deterministic
-        return torch.device("cuda", LOCAL_RANK)
-    if args.cuda:
+    elif args.cuda:
         say("no GPU found: running on the CPU")
-    return torch.device("cpu")
-
-
-def make_agent(num_actions: int, args: argparse.Namespace, device: torch.device) -> Agent:
-    """The same agent in all processes; bfloat16 as --precision asks for, if the hardware is fast in it."""
-    cpu, on_gpu, both = torch.cpu.get_capabilities(), device.type == "cuda", ["policy", "auxiliary"]
-    fast = torch.cuda.is_bf16_supported(False) if on_gpu else cpu.get("avx512_bf16") or cpu.get("amx_bf16")
-    phases = {"fp32": [], "bf16-aux": both[1:], "bf16": both, "auto": both[1:] if on_gpu else both}[args.precision]
+    phases = {"fp32": [], "bf16-aux": both[1:], "bf16": both, "auto": phases}[args.precision]
     if phases and not fast:
         say("bfloat16 is not fast on this hardware: running in float32")
-    torch.manual_seed(args.seed)
-    return Agent(num_actions, args.arch, phases if fast else []).to(device)
-
-
-def make_envs(args: argparse.Namespace, num_envs: int, num_levels: int, video: dict | None = None) -> ProcgenVecEnv:
-    options = {"distribution_mode": args.distribution_mode, "start_level": args.start_level}
-    return ProcgenVecEnv(num_envs, args.env_id, video, num_levels=num_levels, num_threads=args.env_threads, **options)
+    torch.manual_seed(args.seed)  # of the networks: the same in all processes
+    return device, phases if fast else []
 
 
 def allocate_observations(shape: tuple[int, ...], device: torch.device, home: str) -> Tensor:
     """A phase's observations, uint8, on the GPU or in host memory (pinned for it). Exit status 2 if they do not fit."""
-    need, free, pin = math.prod(shape), math.inf, False
+    need, free, pin = int(np.prod(shape)), np.inf, False
     if device.type == "cuda":
         free = 0.8 * torch.cuda.mem_get_info(device)[0]  # the rest is for activations
         pin = home == "cpu" or (home == "auto" and need > free)
     if sys.platform == "linux" and (pin or device.type == "cpu"):
-        available = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())[1]
-        free = int(available) * 1024 / LOCAL_WORLD_SIZE
+        free = 1024 * int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) / LOCAL_WORLD_SIZE
     if need > free:
-        sizes = f"{need / 1e9:.1f} GB per process, and {free / 1e9:.1f} GB are free"
-        print(
-            f"error: a phase's observations need {sizes}: lower --num-envs, --num-steps or --n-iteration",
-            file=sys.stderr,
-        )
+        sizes = f"{need / 1e9:.1f} GB for its observations in each process, and {free / 1e9:.1f} GB are free"
+        print(f"error: a phase needs {sizes}: lower --num-envs, --num-steps or --n-iteration", file=sys.stderr)
         sys.exit(2)
     return torch.empty(shape, dtype=torch.uint8, device="cpu" if pin else device, pin_memory=pin)
 
 
 def gather_objects(thing: object) -> list:
-    """The thing of each process, in the order of their ranks."""
     things = [thing] * WORLD_SIZE
     if WORLD_SIZE > 1:
         dist.all_gather_object(things, thing)
@@ -568,40 +531,40 @@ class Run:
         seconds = {"rollout": 0.0, "policy_phase": 0.0, "auxiliary_phase": 0.0, "total": 0.0}
         fresh = {"phase": 0, "iteration": 0, "global_step": 0, "episodes": 0, "recent": [], "seconds": seconds}
         self.state = saved["run"] if saved else fresh | {"charts": {}, "wandb_id": os.urandom(4).hex()}
-        self.args, self.row, self.wandb = args, {}, None
         self.started = time.perf_counter() - self.state["seconds"]["total"]
-        style = {"unit": "step", "smoothing": 0, "miniters": 0, "disable": RANK > 0}
+        self.args, self.row, self.wandb, self.advice = args, {}, None, ""
+        style = {"smoothing": 0, "miniters": 0, "disable": RANK > 0}
         if not sys.stderr.isatty():  # lines instead of a bar
-            style |= {"mininterval": 10, "bar_format": "{n_fmt}/{total_fmt}, {rate_fmt}, {remaining} left{postfix}\n"}
-        self.bar = tqdm(total=args.total_timesteps, initial=self.state["global_step"], **style)
+            style |= {"mininterval": 10, "bar_format": "{desc}{n}/{total}, {rate_fmt}, {remaining} left{postfix}\n"}
+        self.bar = tqdm(total=args.total_timesteps, initial=self.state["global_step"], unit="step", **style)
+        self.progress = lambda minibatches: tqdm(minibatches, "auxiliary phase: ", False, unit="minibatch", **style)
         self.directory, now = Path(args.resume or "."), int(time.time())
-        while RANK == 0 and not saved:
-            Path(args.runs_dir).mkdir(parents=True, exist_ok=True)
+        if RANK > 0:
+            return
+        while not saved:
             try:
                 self.directory = Path(args.runs_dir, f"{args.env_id}__{args.exp_name}__{args.seed}__{now}")
-                self.directory.mkdir()
+                self.directory.mkdir(parents=True)
+                (self.directory / "metrics.csv").write_text(",".join(COLUMNS) + "\n")
                 break
             except FileExistsError:  # another run started in this second
                 now += 1
         again = f"continue from the last checkpoint: python ppg_procgen.py --resume {self.directory}"
         self.advice, self.advice_once_saved = again if saved else "no checkpoint was written", again
-        if RANK == 0:
-            self.metrics = self.directory / "metrics.csv"
-            if not saved:
-                self.metrics.write_text(",".join(COLUMNS) + "\n")
-            rows = self.metrics.read_bytes().splitlines(keepends=True)
-            if len(rows) <= self.state["iteration"]:
-                sys.exit(f"error: {self.metrics} lacks rows that it had when the checkpoint was written")
-            os.truncate(self.metrics, sum(map(len, rows[: 1 + self.state["iteration"]])))  # later rows come again
-            say(f"writing to {self.directory}")
-        if RANK == 0 and args.track:
+        self.metrics = self.directory / "metrics.csv"
+        rows = self.metrics.read_bytes().splitlines(keepends=True)
+        if len(rows) <= self.state["iteration"]:
+            sys.exit(f"error: {self.metrics} lacks rows that it had when the checkpoint was written")
+        os.truncate(self.metrics, sum(map(len, rows[: 1 + self.state["iteration"]])))  # later rows come again
+        say(f"writing to {self.directory}")
+        if args.track:
             try:
                 import wandb
 
                 names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": self.directory.name}
-                run = {"id": self.state["wandb_id"], "resume": "allow", "dir": self.directory}
-                self.wandb = wandb.init(config=vars(args), **names, **run)
-                self.wandb.define_metric("*", step_metric="global_step")
+                run = {"id": self.state["wandb_id"], "resume": "allow", "dir": self.directory, "config": vars(args)}
+                wandb.init(**names, **run).define_metric("*", step_metric="global_step")
+                self.wandb = wandb
             except Exception as error:  # noqa: BLE001 (no login, no network, no wandb: the run goes on)
                 say(f"wandb refused ({error}): going on without it; {self.metrics} has all metrics")
 
@@ -616,11 +579,9 @@ class Run:
             state["episodes"] += len(new)
             state["recent"] = (state["recent"] + new)[-100:]
         for name, value in metrics.items():  # the losses are alike in all processes
-            if not math.isfinite(value):
-                say(f"error: {name} is {value} at step {state['global_step']}; {self.advice}")
-                sys.exit(1)
-            if name.startswith("time/"):
-                state["seconds"][name.removeprefix("time/")] += value
+            if not np.isfinite(value):
+                sys.exit(f"error: {name} is {value} at step {state['global_step']}; {self.advice}" if RANK == 0 else 1)
+        state["seconds"] = {name: old + metrics.get(f"time/{name}", 0) for name, old in state["seconds"].items()}
         state["seconds"]["total"] = time.perf_counter() - self.started
         charts = state["charts"] = {"charts/SPS": state["global_step"] / state["seconds"]["total"]}
         if state["recent"]:
@@ -628,14 +589,8 @@ class Run:
             charts |= {"charts/episodic_return": mean_return, "charts/episodic_length": mean_length}
             charts["charts/normalized_return"] = normalized_return(self.args, mean_return)
         self.row |= state | charts | metrics
-        self.bar.set_postfix_str(f"return {charts.get('charts/episodic_return', math.nan):.2f}", refresh=False)
+        self.bar.set_postfix_str(f"return {charts.get('charts/episodic_return', np.nan):.2f}", refresh=False)
         self.bar.update(state["global_step"] - self.bar.n)
-
-    def progress(self, minibatches: list) -> Iterator[Tensor]:
-        for i, minibatch in enumerate(minibatches):
-            self.bar.set_postfix_str(f"auxiliary phase {100 * i // len(minibatches)} %", refresh=False)
-            self.bar.update(0)
-            yield minibatch
 
     def write_row(self) -> None:
         if self.row and RANK == 0:
@@ -661,7 +616,6 @@ class Run:
         self.advice = self.advice_once_saved
 
     def finish(self, device: torch.device) -> dict:
-        """Writes and returns the summary."""
         gpu, host = device.type == "cuda", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         summary = {name: getattr(self.args, name) for name in ("env_id", "distribution_mode", "arch", "seed")}
         summary |= {name: self.state[name] for name in ("global_step", "episodes", "seconds")}
@@ -693,41 +647,38 @@ def evaluate(agent: Agent, args: argparse.Namespace, device: torch.device, run_d
     """Plays --eval-episodes on the training levels and as many on all; writes eval.json. Returns metrics."""
     results, num_envs = {"global_step": step, "episodes": args.eval_episodes}, min(args.num_envs, args.eval_episodes)
     for name, num_levels in (("train_levels", args.num_levels), ("all_levels", 0)):
-        returns = play(agent, make_envs(args, num_envs, num_levels), args.eval_episodes, args.seed + 10**6, device)
+        returns = play(agent, ProcgenVecEnv(args, num_envs, num_levels), args.eval_episodes, args.seed + 10**6, device)
         mean, error = float(returns.mean()), float(returns.std() / max(1, len(returns) - 1) ** 0.5)
-        normalized = normalized_return(args, mean)
-        results |= {f"{name}_return": mean, f"{name}_standard_error": error, f"{name}_normalized_return": normalized}
-        say(f"{name}: return {mean:.2f} +- {error:.2f} (standard error), normalized {normalized:.3f}")
+        results |= {f"{name}_return": mean, f"{name}_standard_error": error}
+        results[f"{name}_normalized_return"] = normalized_return(args, mean)
     results["gap"] = results["train_levels_return"] - results["all_levels_return"]
-    say(f"gap of the returns: {results['gap']:.2f}")
-    (run_dir / "eval.json").write_text(json.dumps(results, indent=2) + "\n")
+    say(text := json.dumps(results, indent=2))
+    (run_dir / "eval.json").write_text(text + "\n")
     return {f"eval/{name}": value for name, value in results.items() if f"eval/{name}" in COLUMNS}
 
 
-def record_video(agent: Agent, args, device: torch.device, run_dir: Path, step: int, wandb_run=None) -> None:
+def record_video(agent: Agent, args, device: torch.device, run_dir: Path, step: int, wandb=None) -> None:
     """Films an episode at 512 x 512: videos/step{step}-00000.mp4."""
     video = {"directory": str(run_dir / "videos"), "prefix": f"step{step}-"}
-    play(agent, make_envs(args, 1, args.num_levels, video), 1, args.seed + 2 * 10**6, device)
-    if wandb_run:
-        clip = sys.modules["wandb"].Video(str(run_dir / "videos" / f"step{step}-00000.mp4"))
-        wandb_run.log({"global_step": step, "video": clip})
+    play(agent, ProcgenVecEnv(args, 1, args.num_levels, video), 1, args.seed + 2 * 10**6, device)
+    if wandb:
+        wandb.log({"global_step": step, "video": wandb.Video(f"{run_dir}/videos/step{step}-00000.mp4")})
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
 def train(args: argparse.Namespace, envs: gym.vector.VectorEnv | None = None) -> dict:
     """Algorithm 1, on Procgen or the given environments (64 x 64 x 3 uint8, discrete actions). Returns the summary."""
-    device, saved = start_process(args), load_checkpoint(args.resume) if args.resume else None
-    envs = gym.wrappers.RecordEpisodeStatistics(envs) if envs else make_envs(args, args.num_envs, args.num_levels)
-    agent = make_agent(envs.single_action_space.n, args, device)
+    (device, bf16_phases), saved = start_process(args), load_checkpoint(args.resume) if args.resume else None
+    envs = gym.wrappers.RecordEpisodeStatistics(envs) if envs else ProcgenVecEnv(args, args.num_envs, args.num_levels)
+    agent = Agent(envs.single_action_space.n, args.arch, bf16_phases).to(device)
     kinds = ("joint",) if args.e_policy == args.e_value else ("value", "policy")
     rates = dict.fromkeys(kinds, args.learning_rate) | {"auxiliary": args.aux_learning_rate}
     optimizers = {kind: torch.optim.Adam(agent.parameters(), lr, eps=args.adam_eps) for kind, lr in rates.items()}
     reward_normalizer = RewardNormalizer(args.num_envs, args.reward_norm_gamma, args.reward_clip).to(device)
     num_iterations = args.total_timesteps // (args.num_envs * args.num_steps * WORLD_SIZE)
     kept = min(args.n_iteration, num_iterations) if args.e_auxiliary else 1  # rollouts; PPO needs the last one only
-    shape = (kept, args.num_envs, args.num_steps)
+    shape, modules = (kept, args.num_envs, args.num_steps), {"agent": agent, **optimizers}
     observations = allocate_observations((*shape, 64, 64, 3), device, args.aux_buffer_device)
-    value_targets, modules = torch.empty(shape, device=device), {"agent": agent, **optimizers}
     obs, _ = envs.reset(seed=args.seed + 10_000 * RANK)  # each process has levels of its own
     if saved:
         for name, module in modules.items():
@@ -740,7 +691,7 @@ def train(args: argparse.Namespace, envs: gym.vector.VectorEnv | None = None) ->
         while run.state["iteration"] < num_iterations:
             # Seeded anew at every phase: a resumed run, or one that evaluates in between, draws the same numbers.
             torch.manual_seed(int(np.random.SeedSequence((args.seed, RANK, run.state["phase"])).generate_state(1)[0]))
-            length = min(args.n_iteration, num_iterations - run.state["iteration"])
+            length, value_targets = min(args.n_iteration, num_iterations - run.state["iteration"]), []
             for i in range(length):  # the policy phase
                 left = 1 - run.state["iteration"] / num_iterations if args.anneal_lr else 1
                 for kind, optimizer in optimizers.items():
@@ -750,20 +701,19 @@ def train(args: argparse.Namespace, envs: gym.vector.VectorEnv | None = None) ->
                 collected = time.perf_counter()
                 rewards = reward_normalizer(rollout.rewards, rollout.firsts[:, :-1])
                 advantages, targets = compute_gae(rewards=rewards, values=rollout.values, firsts=rollout.firsts, **gae)
-                value_targets[i % kept] = targets
+                value_targets.append(targets)
                 metrics = policy_phase(agent, optimizers, rollout, advantages, targets, args)
                 metrics |= {"time/rollout": collected - start, "time/policy_phase": time.perf_counter() - collected}
                 run.log(metrics | {"charts/learning_rate": left * args.learning_rate}, rollout.episodes)
             if length == args.n_iteration and args.e_auxiliary:
-                start, phase = time.perf_counter(), (observations.flatten(0, 1), value_targets.flatten(0, 1))
+                start, phase = time.perf_counter(), (observations.flatten(0, 1), torch.cat(value_targets))
                 metrics = auxiliary_phase(agent, optimizers["auxiliary"], *phase, args, run.progress)
                 run.log(metrics | {"time/auxiliary_phase": time.perf_counter() - start})
             run.state["phase"] += 1
-            report = agent, args, device, run.directory, run.state["global_step"]
             if RANK == 0 and args.eval_interval and run.state["phase"] % args.eval_interval == 0:
-                run.log(evaluate(*report))
+                run.log(evaluate(agent, args, device, run.directory, run.state["global_step"]))
             if RANK == 0 and args.capture_video:
-                record_video(*report, run.wandb)
+                record_video(agent, args, device, run.directory, run.state["global_step"], run.wandb)
             run.write_row()
             due = run.state["iteration"] == num_iterations or run.state["phase"] % max(1, args.checkpoint_interval) == 0
             if args.checkpoint_interval and due:
@@ -787,8 +737,8 @@ if __name__ == "__main__":
     try:
         args = parse_args()
         if args.evaluate:
-            device, saved = start_process(args), load_checkpoint(args.evaluate)
-            agent = make_agent(15, args, device)
+            (device, bf16_phases), saved = start_process(args), load_checkpoint(args.evaluate)
+            agent = Agent(15, args.arch, bf16_phases).to(device)
             agent.load_state_dict(saved["modules"]["agent"])
             for report in (evaluate, record_video) if args.capture_video else (evaluate,):
                 report(agent, args, device, Path(args.evaluate), saved["run"]["global_step"])

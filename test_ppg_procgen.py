@@ -294,7 +294,7 @@ def test_initial_weights(arch):
         elif isinstance(layer, torch.nn.Linear):
             scale = 1.4
         else:
-            scale = residual if layer.in_channels == layer.out_channels and re.search(r"conv\d$", name) else 1.0
+            scale = residual if layer.in_channels == layer.out_channels and re.search(r"\d\.\d$", name) else 1.0
         norms = torch.tensor([math.sqrt(sum(x * x for x in unit.flatten().tolist())) for unit in layer.weight])
         torch.testing.assert_close(norms, torch.full_like(norms, scale), rtol=1e-5, atol=0)
         assert not layer.bias.any()
@@ -571,8 +571,8 @@ def test_first_ratio_is_one(tmp_path, monkeypatch, arch):
 
     spy(monkeypatch, "policy_loss", note)
     args = make_args(tmp_path, "--num-envs", 16, "--arch", arch)
-    device, envs = ppg.start_process(args), Signpost(16)
-    agent = ppg.make_agent(4, args, device)
+    (device, bf16_phases), envs = ppg.start_process(args), Signpost(16)
+    agent = ppg.Agent(4, args.arch, bf16_phases).to(device)
     agent.policy_head.weight.data *= 30
     observations = ppg.allocate_observations((16, 8, 64, 64, 3), device, "auto")
     rollout, _ = ppg.collect_rollout(agent, envs, envs.reset(seed=1)[0], observations, device)
@@ -728,7 +728,7 @@ def test_game_steps(tmp_path, game):
     args = make_args(tmp_path, "--env-id", game, "--env-threads", 1)
     streams = []
     for seed in (7, 7, 8):
-        envs = ppg.make_envs(args, 2, 0)
+        envs = ppg.ProcgenVecEnv(args, 2, 0)
         assert isinstance(envs, gym.vector.VectorEnv)
         streams.append(play(envs, 15, reset_seed=seed))
         envs.close()
@@ -743,7 +743,7 @@ def test_level_flags_reach_procgen(tmp_path):
     """One level: all environments start alike, at the level that --start-level names, of the mode that is asked for."""
 
     def first_frames(num_levels, *flags):
-        envs = ppg.make_envs(make_args(tmp_path, "--env-id", "maze", *flags), 4, num_levels)
+        envs = ppg.ProcgenVecEnv(make_args(tmp_path, "--env-id", "maze", *flags), 4, num_levels)
         obs = envs.reset(seed=1)[0].copy()
         envs.close()
         return obs
@@ -758,7 +758,7 @@ def test_level_flags_reach_procgen(tmp_path):
 
 def test_episode_statistics(tmp_path):
     """Return and length of every episode that ends, also of several at one step, against own accounts."""
-    envs = ppg.make_envs(make_args(tmp_path, "--env-id", "bigfish"), 16, 0)
+    envs = ppg.ProcgenVecEnv(make_args(tmp_path, "--env-id", "bigfish"), 16, 0)
     returns, lengths, ended, at_once = np.zeros(16), np.zeros(16, int), 0, 0
     for _, rewards, done, infos in play(envs, 300, reset_seed=3)[1:]:
         returns, lengths = returns + rewards, lengths + 1
@@ -775,7 +775,7 @@ def test_episode_statistics(tmp_path):
 
 def test_reset_without_a_seed_starts_new_episodes(tmp_path):
     """An episode that was under way is not counted on."""
-    envs = ppg.make_envs(make_args(tmp_path, "--env-id", "coinrun"), 4, 0)
+    envs = ppg.ProcgenVecEnv(make_args(tmp_path, "--env-id", "coinrun"), 4, 0)
     before = play(envs, 5, reset_seed=3)[-1][0]
     obs, _ = envs.reset()
     assert not np.array_equal(obs, before) and envs.simulator.observe()[2].all() and not envs.episode_lengths.any()
@@ -786,7 +786,7 @@ def test_reset_without_a_seed_starts_new_episodes(tmp_path):
 def test_environment_state_comes_back(tmp_path):
     """A state set in environments of another seed continues as the first ones did, running episodes included."""
     args = make_args(tmp_path, "--env-id", "starpilot")
-    envs, others = ppg.make_envs(args, 4, 0), ppg.make_envs(args, 4, 0)
+    envs, others = ppg.ProcgenVecEnv(args, 4, 0), ppg.ProcgenVecEnv(args, 4, 0)
     play(envs, 40, reset_seed=3)
     state = envs.get_state()
     expected = play(envs, 150, seed=1)
@@ -1099,9 +1099,9 @@ def test_everything_runs_on_the_gpu(tmp_path, monkeypatch):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_cuda_without_a_gpu_says_so(tmp_path, capsys):
     """--cuda, the default, runs on the CPU where there is none, and says it in a line."""
-    assert ppg.start_process(make_args(tmp_path, "--cuda")).type == "cpu"
+    assert ppg.start_process(make_args(tmp_path, "--cuda"))[0].type == "cpu"
     assert "no GPU" in capsys.readouterr().err
-    assert ppg.start_process(make_args(tmp_path, "--no-cuda")).type == "cpu"
+    assert ppg.start_process(make_args(tmp_path, "--no-cuda"))[0].type == "cpu"
     assert capsys.readouterr().err == ""
 
 
@@ -1645,13 +1645,13 @@ def make_updates(rank: int, processes: int) -> dict[str, tuple[torch.Tensor, dic
 
 def in_each_process(path: Path) -> None:
     """What the two processes of the tests do. Each saves its results."""
-    agents, make_agent = [], ppg.make_agent
+    agents, initialise = [], ppg.Agent.__init__
 
-    def keep_agent(*args):
-        agents.append(make_agent(*args))
-        return agents[-1]
+    def keep(agent, *args):
+        agents.append(agent)
+        initialise(agent, *args)
 
-    ppg.make_agent = keep_agent
+    ppg.Agent.__init__ = keep
     ppg.start_process(ppg.parse_args(TINY + phases(1, 2)))
     results = make_updates(ppg.RANK, ppg.WORLD_SIZE)
     uninterrupted = ppg.parse_args([*TINY, "--runs-dir", str(path / "uninterrupted"), *phases(3, 2)])
@@ -1824,8 +1824,7 @@ def test_evaluation_report(run_copy, monkeypatch, capsys):
     }
     assert read_report(run_copy) == pytest.approx(expected)
     said = printed(capsys)
-    for figure in ("5.00", "2.08", "0.192", "2.00", "0.58", "0.103", "3.00"):
-        assert figure in said
+    assert json.loads(said[said.index("{") :]) == pytest.approx(expected)
 
 
 def test_evaluation_leaves_the_training_alone(finished, tmp_path):
@@ -1875,7 +1874,7 @@ def test_evaluation_plays_and_films(run_copy, no_display, capsys):
     report = read_report(run_copy)
     gap = report["train_levels_return"] - report["all_levels_return"]
     assert gap != 0 and report["gap"] == pytest.approx(gap)
-    assert f"{gap:.2f}" in printed(capsys)
+    assert f'"gap": {gap}' in printed(capsys)
     assert_films(run_copy, 1)
     assert (run_copy / "checkpoint.pt").read_bytes() == checkpoint
 
@@ -1984,8 +1983,8 @@ def print_bare_rates(setting: str, num_envs: int) -> None:
     """
     args = ppg.parse_args(["--precision", "fp32" if setting == "textbook" else "auto", "--arch", "shared"])
     if setting == "best":
-        device = ppg.start_process(args)
-        agent = ppg.make_agent(15, args, device)
+        device, bf16_phases = ppg.start_process(args)
+        agent = ppg.Agent(15, args.arch, bf16_phases).to(device)
     else:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         agent = ppg.Agent(15, "shared").to(device).to(memory_format=torch.contiguous_format)
