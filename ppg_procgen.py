@@ -533,11 +533,11 @@ class Run:
         self.state = saved["run"] if saved else fresh | {"charts": {}, "wandb_id": os.urandom(4).hex()}
         self.started = time.perf_counter() - self.state["seconds"]["total"]
         self.args, self.row, self.wandb, self.advice = args, {}, None, ""
-        style = {"smoothing": 0, "miniters": 0, "disable": RANK > 0}
+        style = {"smoothing": 0, "miniters": 0, "position": 0, "disable": RANK > 0}
         if not sys.stderr.isatty():  # lines instead of a bar
             style |= {"mininterval": 10, "bar_format": "{desc}{n}/{total}, {rate_fmt}, {remaining} left{postfix}\n"}
         self.bar = tqdm(total=args.total_timesteps, initial=self.state["global_step"], unit="step", **style)
-        self.progress = lambda minibatches: tqdm(minibatches, "auxiliary phase: ", False, unit="minibatch", **style)
+        self.progress = lambda updates: tqdm(updates, "auxiliary phase: ", leave=False, unit="update", **style)
         self.directory, now = Path(args.resume or "."), int(time.time())
         if RANK > 0:
             return
