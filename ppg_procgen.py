@@ -20,9 +20,9 @@ Deviations from the paper (P) and from the original code (O), github.com/openai/
  1. O: under --arch detach the value loss of the auxiliary phase reaches the trunk, as in P; O stops it in both phases.
  2. P: rewards are divided by the deviation of a return whose discount is 0.99, not gamma, and clipped, as in O.
  3. P: initial weights are rescaled to fixed norms, and advantages are normalised over the rollout, as in O.
- 4. P: minibatches are whole segments, not shuffled steps; one Adam takes both losses if E_pi = E_V, as in O.
+ 4. P: minibatches are whole segments; one Adam takes both losses if E_pi = E_V, else value epochs come first; as in O.
  5. P: the penalty of the KL variant is the estimate 0.5 E[log-ratio^2], as in O.
- 6. P, O: convolutions run in bfloat16 where that is fast; --precision fp32 runs them as P and O do.
+ 6. P, O: the trunks run in bfloat16 where that is fast; --precision fp32 leaves them as in P and O.
  7. P, O: only whole iterations are run, and a last phase with fewer than N_pi of them gets no auxiliary phase.
  8. P, O: minibatches of over 512 steps pass through the network in parts; the gradient is the same sum.
 """
@@ -82,8 +82,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("ppg_procgen.py", "%(prog)s [flags] (--help lists them)", allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     switch = argparse.BooleanOptionalAction
-    run = parser.add_argument_group("run")
-    add, add_exclusive = run.add_argument, run.add_mutually_exclusive_group().add_argument
+    group = parser.add_argument_group("run")
+    add, add_exclusive = group.add_argument, group.add_mutually_exclusive_group().add_argument
     add("--exp-name", default="ppg_procgen", help="name of the experiment, a part of the run directory's name")
     add("--seed", type=int, default=1, help="seed of the network, actions, minibatches and levels")
     add("--torch-deterministic", action=switch, default=True, help="cuDNN uses its deterministic kernels only")
@@ -139,7 +139,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--aux-buffer-device", choices=("auto", "cpu", "cuda"), default="auto", help="home of a phase's observations")
 
     args = parser.parse_args(argv)
-    if source := args.resume or args.evaluate:
+    if (source := args.evaluate if args.resume is None else args.resume) is not None:
         saved = load_checkpoint(source, parser.error)
         # argparse sets a default only where the namespace lacks the name: flags not given keep the values of the run.
         args = parser.parse_args(argv, argparse.Namespace(**saved["args"] | {"resume": None, "evaluate": None}))
@@ -352,9 +352,9 @@ class Means(dict):
         return {prefix + name: mean for name, mean in zip(self, means.tolist())}
 
 
-def take_segments(observations: Tensor, segments: Tensor, device: torch.device) -> Tensor:
-    """Copies the chosen segments [k] of observations [S, T, ...] to the device: [k * T, ...]."""
-    return torch.cat([observations[s].to(device, non_blocking=True) for s in segments.tolist()])
+def take_segments(data: Sequence[Tensor], segments: Tensor, device: torch.device) -> list[Tensor]:
+    """Copies the chosen segments [k] of each [S, T, ...] to the device: [k * T, ...]. No copy makes the host wait."""
+    return [torch.cat([x[s].to(device, non_blocking=True) for s in segments.tolist()]) for x in data]
 
 
 def update(optimizer, loss_of: Callable, minibatch: Tensor, part_size: int, max_grad_norm: float = 0.0) -> None:
@@ -375,9 +375,9 @@ def update(optimizer, loss_of: Callable, minibatch: Tensor, part_size: int, max_
 
 @torch.no_grad()
 def collect_rollout(agent: Agent, envs, obs: np.ndarray, observations: Tensor, device) -> tuple[Rollout, np.ndarray]:
-    """Plays T steps from obs [N, 64, 64, 3], storing what it sees in observations [N, T, 64, 64, 3].
-    Returns the Rollout and the next obs. Actions, log pi(a_t | s_t) and rewards (as the game gives them) are [N, T],
-    values V(s_t) and firsts (1 where s_t opens an episode) [N, T+1], episodes (return, length) of those that ended."""
+    """Plays T steps from obs [N, 64, 64, 3], storing what it sees in observations [N, T, 64, 64, 3]. Returns a Rollout
+    with actions, log pi(a_t | s_t), rewards [N, T], values V(s_t), firsts [N, T+1] (1: s_t opens an episode), (return,
+    length) of episodes that ended; and the next obs. Rewards and firsts stay on the host."""
     shape = num_envs, num_steps = observations.shape[:2]
     actions, log_probs = torch.empty(shape, dtype=torch.long, device=device), torch.empty(shape, device=device)
     values, rewards = torch.empty((num_envs, num_steps + 1), device=device), np.empty(shape, np.float32)
@@ -386,41 +386,39 @@ def collect_rollout(agent: Agent, envs, obs: np.ndarray, observations: Tensor, d
         observations[:, t], firsts[:, t] = torch.from_numpy(obs), envs.episode_lengths == 0  # 0: begins
         logits, _, values[:, t] = agent(observations[:, t].to(device), "policy")
         pi = Categorical(logits=logits)
-        actions[:, t] = action = pi.sample()
+        actions[:, t] = action = Categorical(logits=logits.nan_to_num()).sample()  # NaNs are left to the losses to tell
         log_probs[:, t] = pi.log_prob(action)
         obs, rewards[:, t], _, _, infos = envs.step(action.cpu().numpy())
         for i in np.flatnonzero(infos.get("_episode", ())):
             episodes.append((float(infos["episode"]["r"][i]), int(infos["episode"]["l"][i])))
     firsts[:, -1] = envs.episode_lengths == 0
     _, _, values[:, -1] = agent(torch.from_numpy(obs).to(device), "policy")
-    rewards, firsts = torch.from_numpy(rewards).to(device), torch.from_numpy(firsts).to(device)
-    return Rollout(observations, actions, log_probs, values, rewards, firsts, episodes), obs
+    return Rollout(observations, actions, log_probs, values, *map(torch.from_numpy, (rewards, firsts)), episodes), obs
 
 
 def policy_phase(agent: Agent, optimizers: dict, rollout: Rollout, advantages: Tensor, targets: Tensor, args) -> dict:
     """The epochs of one iteration over its rollout; advantages and value targets [N, T]. Returns metrics."""
     _, mean, variance = global_moments(advantages)
-    advantages, means = ((advantages - mean) / (variance.sqrt() + 1e-8)).float(), Means()
-    separate, (num_envs, num_steps) = args.e_policy != args.e_value, advantages.shape
-    schedule = {"value": args.e_value, "policy": args.e_policy} if separate else {"joint": args.e_policy}
+    advantages = ((advantages - mean) / (variance.sqrt() + 1e-8)).float()
+    (num_envs, num_steps), device, means = targets.shape, targets.device, Means()
 
     def loss_of(part: Tensor) -> Tensor:  # of the `kind` that the loop below is at
-        obs, loss = take_segments(rollout.observations, part, advantages.device), 0
+        obs, actions, log_probs, advantage, target = take_segments((*rollout[:3], advantages, targets), part, device)
         logits, _, values = agent(obs, "policy", policy=kind != "value", value=kind != "policy")
+        loss = 0
         if kind != "value":
-            batch = {"actions": rollout.actions[part].flatten(), "old_log_probs": rollout.log_probs[part].flatten()}
-            coefs = {"clip_coef": args.clip_coef, "kl_coef": args.kl_coef}
-            loss, metrics = policy_loss(logits=logits, advantages=advantages[part].flatten(), **batch, **coefs)
+            batch = {"actions": actions, "old_log_probs": log_probs, "advantages": advantage}
+            loss, metrics = policy_loss(logits=logits, **batch, clip_coef=args.clip_coef, kl_coef=args.kl_coef)
             loss = loss - args.ent_coef * metrics["entropy"]
             means.add(len(part), **metrics)
         if kind != "policy":
-            value_loss = args.vf_coef * F.mse_loss(values, targets[part].flatten())
+            value_loss = args.vf_coef * F.mse_loss(values, target)
             loss = loss + value_loss
             means.add(len(part), value_loss=value_loss)
         return loss
 
-    for kind, epochs in schedule.items():
-        for _ in range(epochs):
+    for kind in ("joint",) if args.e_policy == args.e_value else ("value", "policy"):
+        for _ in range(args.e_value if kind == "value" else args.e_policy):
             # Minibatches are whole environments, not shuffled steps: one contiguous copy each (deviation 4).
             for minibatch in torch.randperm(num_envs).split(num_envs // args.num_minibatches):
                 part_size = max(1, MAX_STEPS_PER_PASS // num_steps)
@@ -428,7 +426,7 @@ def policy_phase(agent: Agent, optimizers: dict, rollout: Rollout, advantages: T
             if args.target_kl is not None and kind != "value" and means.read("")["approx_kl"] > args.target_kl:
                 break
     unexplained = (targets - rollout.values[:, :-1]).var(correction=0) / targets.var(correction=0).clamp_min(1e-8)
-    means.add(1, explained_variance=1 - unexplained)
+    means.add(1, explained_variance=1 - unexplained, weights=sum(p.sum() for p in agent.parameters()))
     return means.read("losses/")
 
 
@@ -437,20 +435,21 @@ def auxiliary_phase(agent: Agent, optimizer, observations: Tensor, targets: Tens
     (num_segments, num_steps), device, means = targets.shape, targets.device, Means()
     part_size = min(args.num_aux_rollouts // args.n_aux_grad_accum, max(1, MAX_STEPS_PER_PASS // num_steps))
     with torch.no_grad():  # in the precision and batch size of the updates, so that the first KL is 0
-        parts = (take_segments(observations, part, device) for part in torch.arange(num_segments).split(part_size))
-        old_logits = torch.cat([agent(obs, "auxiliary", value=False)[0] for obs in parts]).view(*targets.shape, -1)
+        parts = (take_segments([observations], part, device) for part in torch.arange(num_segments).split(part_size))
+        old_logits = torch.cat([agent(obs, "auxiliary", value=False)[0] for (obs,) in parts]).view(*targets.shape, -1)
 
     def loss_of(part: Tensor) -> Tensor:
-        logits, aux_values, values = agent(take_segments(observations, part, device), "auxiliary")
-        kl_loss = clone_loss(old_logits[part].flatten(0, 1), logits)
-        aux_value_loss = 0.5 * F.mse_loss(aux_values, targets[part].flatten())
-        real_value_loss = 0.5 * F.mse_loss(values, targets[part].flatten())
+        obs, pi_old, target = take_segments((observations, old_logits, targets), part, device)
+        logits, aux_values, values = agent(obs, "auxiliary")
+        kl_loss = clone_loss(pi_old, logits)
+        aux_value_loss, real_value_loss = 0.5 * F.mse_loss(aux_values, target), 0.5 * F.mse_loss(values, target)
         means.add(len(part), kl_loss=kl_loss, aux_value_loss=aux_value_loss, real_value_loss=real_value_loss)
         return aux_value_loss + args.beta_clone * kl_loss + args.aux_vf_coef * real_value_loss  # L_joint + L_value
 
     epochs = torch.cat([torch.randperm(num_segments) for _ in range(args.e_auxiliary)])
     for minibatch in progress(epochs.split(args.num_aux_rollouts)):
         update(optimizer, loss_of, minibatch, part_size)  # whose zero_grad clears what the policy phase left
+    means.add(1, weights=sum(p.sum() for p in agent.parameters()))  # finite, or the checkpoint must not be written
     return means.read("losses/aux/")
 
 
@@ -472,19 +471,19 @@ def start_process(args: argparse.Namespace) -> tuple[torch.device, list[str]]:
     keep_freed_memory()
     if WORLD_SIZE > 1 and not dist.is_initialized():
         dist.init_process_group()  # NCCL for what is on GPUs, gloo for what is not
-    device, both, cpu = torch.device("cpu"), ["policy", "auxiliary"], torch.cpu.get_capabilities()
-    phases, fast = both, cpu.get("avx512_bf16") or cpu.get("amx_bf16")
+    device, auto, cpu = torch.device("cpu"), "bf16", torch.cpu.get_capabilities()
+    fast = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
     if args.cuda and torch.cuda.is_available():
-        device, phases, fast = torch.device("cuda", LOCAL_RANK), both[1:], torch.cuda.is_bf16_supported(False)
+        device, auto, fast = torch.device("cuda", LOCAL_RANK), "bf16-aux", torch.cuda.is_bf16_supported(False)
         torch.cuda.set_device(device)
         torch.backends.cudnn.deterministic = args.torch_deterministic
     elif args.cuda:
         say("no GPU found: running on the CPU")
-    phases = {"fp32": [], "bf16-aux": both[1:], "bf16": both, "auto": phases}[args.precision]
-    if phases and not fast:
+    precision = auto if args.precision == "auto" else args.precision
+    if precision != "fp32" and not fast:
         say("bfloat16 is not fast on this hardware: running in float32")
     torch.manual_seed(args.seed)  # of the networks: the same in all processes
-    return device, phases if fast else []
+    return device, {"fp32": [], "bf16-aux": ["auxiliary"], "bf16": ["policy", "auxiliary"]}[precision] if fast else []
 
 
 def allocate_observations(shape: tuple[int, ...], device: torch.device, home: str) -> Tensor:
@@ -549,12 +548,11 @@ class Run:
                 break
             except FileExistsError:  # another run started in this second
                 now += 1
-        again = f"continue from the last checkpoint: python ppg_procgen.py --resume {self.directory}"
+        launcher = f"torchrun --nproc-per-node {LOCAL_WORLD_SIZE}" if WORLD_SIZE > 1 else "python"
+        again = f"continue from the last checkpoint: {launcher} ppg_procgen.py --resume {self.directory}"
         self.advice, self.advice_once_saved = again if saved else "no checkpoint was written", again
         self.metrics = self.directory / "metrics.csv"
         rows = self.metrics.read_bytes().splitlines(keepends=True)
-        if len(rows) <= self.state["iteration"]:
-            sys.exit(f"error: {self.metrics} lacks rows that it had when the checkpoint was written")
         os.truncate(self.metrics, sum(map(len, rows[: 1 + self.state["iteration"]])))  # later rows come again
         say(f"writing to {self.directory}")
         if args.track:
@@ -562,8 +560,8 @@ class Run:
                 import wandb
 
                 names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": self.directory.name}
-                run = {"id": self.state["wandb_id"], "resume": "allow", "dir": self.directory, "config": vars(args)}
-                wandb.init(**names, **run).define_metric("*", step_metric="global_step")
+                rest = {"id": self.state["wandb_id"], "resume": "allow", "dir": self.directory, "config": vars(args)}
+                wandb.init(**names, **rest).define_metric("*", step_metric="global_step")
                 self.wandb = wandb
             except Exception as error:  # noqa: BLE001 (no login, no network, no wandb: the run goes on)
                 say(f"wandb refused ({error}): going on without it; {self.metrics} has all metrics")
@@ -578,7 +576,7 @@ class Run:
             state["global_step"] += self.args.num_envs * self.args.num_steps * WORLD_SIZE
             state["episodes"] += len(new)
             state["recent"] = (state["recent"] + new)[-100:]
-        for name, value in metrics.items():  # the losses are alike in all processes
+        for name, value in metrics.items():  # all processes have the same losses, so they stop together
             if not np.isfinite(value):
                 sys.exit(f"error: {name} is {value} at step {state['global_step']}; {self.advice}" if RANK == 0 else 1)
         state["seconds"] = {name: old + metrics.get(f"time/{name}", 0) for name, old in state["seconds"].items()}
@@ -616,13 +614,14 @@ class Run:
         self.advice = self.advice_once_saved
 
     def finish(self, device: torch.device) -> dict:
-        gpu, host = device.type == "cuda", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         summary = {name: getattr(self.args, name) for name in ("env_id", "distribution_mode", "arch", "seed")}
         summary |= {name: self.state[name] for name in ("global_step", "episodes", "seconds")}
         summary |= dict.fromkeys(("episodic_return", "episodic_length", "normalized_return"))  # None: no episode ended
         summary |= {name.removeprefix("charts/"): value for name, value in self.state["charts"].items()}
-        summary["peak_memory_bytes"] = {"host": host, "device": torch.cuda.max_memory_allocated() if gpu else 0}
-        summary |= {"device": torch.cuda.get_device_name() if gpu else "cpu", "torch": torch.__version__}
+        memory = {"host": host, "device": torch.cuda.max_memory_allocated()}
+        summary |= {"peak_memory_bytes": memory, "torch": torch.__version__}
+        summary["device"] = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
         if RANK == 0:
             (self.directory / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         return summary
@@ -674,7 +673,7 @@ def train(args: argparse.Namespace, envs: gym.vector.VectorEnv | None = None) ->
     kinds = ("joint",) if args.e_policy == args.e_value else ("value", "policy")
     rates = dict.fromkeys(kinds, args.learning_rate) | {"auxiliary": args.aux_learning_rate}
     optimizers = {kind: torch.optim.Adam(agent.parameters(), lr, eps=args.adam_eps) for kind, lr in rates.items()}
-    reward_normalizer = RewardNormalizer(args.num_envs, args.reward_norm_gamma, args.reward_clip).to(device)
+    reward_normalizer = RewardNormalizer(args.num_envs, args.reward_norm_gamma, args.reward_clip)
     num_iterations = args.total_timesteps // (args.num_envs * args.num_steps * WORLD_SIZE)
     kept = min(args.n_iteration, num_iterations) if args.e_auxiliary else 1  # rollouts; PPO needs the last one only
     shape, modules = (kept, args.num_envs, args.num_steps), {"agent": agent, **optimizers}
@@ -686,7 +685,7 @@ def train(args: argparse.Namespace, envs: gym.vector.VectorEnv | None = None) ->
         reward_normalizer.load_state_dict(saved["processes"][RANK]["reward_normalizer"])
         if isinstance(envs, ProcgenVecEnv):
             obs = envs.set_state(saved["processes"][RANK]["envs"])
-    run, gae = Run(args, saved), {"gamma": args.gamma, "gae_lambda": args.gae_lambda}
+    run, discounts = Run(args, saved), {"gamma": args.gamma, "gae_lambda": args.gae_lambda}
     try:
         while run.state["iteration"] < num_iterations:
             # Seeded anew at every phase: a resumed run, or one that evaluates in between, draws the same numbers.
@@ -700,14 +699,15 @@ def train(args: argparse.Namespace, envs: gym.vector.VectorEnv | None = None) ->
                 rollout, obs = collect_rollout(agent, envs, obs, observations[i % kept], device)
                 collected = time.perf_counter()
                 rewards = reward_normalizer(rollout.rewards, rollout.firsts[:, :-1])
-                advantages, targets = compute_gae(rewards=rewards, values=rollout.values, firsts=rollout.firsts, **gae)
+                gae = compute_gae(rewards=rewards, values=rollout.values.cpu(), firsts=rollout.firsts, **discounts)
+                advantages, targets = (x.to(device) for x in gae)
                 value_targets.append(targets)
                 metrics = policy_phase(agent, optimizers, rollout, advantages, targets, args)
                 metrics |= {"time/rollout": collected - start, "time/policy_phase": time.perf_counter() - collected}
                 run.log(metrics | {"charts/learning_rate": left * args.learning_rate}, rollout.episodes)
             if length == args.n_iteration and args.e_auxiliary:
-                start, phase = time.perf_counter(), (observations.flatten(0, 1), torch.cat(value_targets))
-                metrics = auxiliary_phase(agent, optimizers["auxiliary"], *phase, args, run.progress)
+                start, segments = time.perf_counter(), (observations.flatten(0, 1), torch.cat(value_targets))
+                metrics = auxiliary_phase(agent, optimizers["auxiliary"], *segments, args, run.progress)
                 run.log(metrics | {"time/auxiliary_phase": time.perf_counter() - start})
             run.state["phase"] += 1
             if RANK == 0 and args.eval_interval and run.state["phase"] % args.eval_interval == 0:
@@ -715,8 +715,8 @@ def train(args: argparse.Namespace, envs: gym.vector.VectorEnv | None = None) ->
             if RANK == 0 and args.capture_video:
                 record_video(agent, args, device, run.directory, run.state["global_step"], run.wandb)
             run.write_row()
-            due = run.state["iteration"] == num_iterations or run.state["phase"] % max(1, args.checkpoint_interval) == 0
-            if args.checkpoint_interval and due:
+            last = run.state["iteration"] == num_iterations
+            if args.checkpoint_interval and (last or run.state["phase"] % args.checkpoint_interval == 0):
                 simulators = envs.get_state() if isinstance(envs, ProcgenVecEnv) else None
                 processes = gather_objects({"envs": simulators, "reward_normalizer": reward_normalizer.state_dict()})
                 if RANK == 0:

@@ -928,6 +928,16 @@ def test_what_a_run_writes(tmp_path, monkeypatch):
     assert phases <= seconds["total"] and summary["SPS"] == pytest.approx(160 / seconds["total"])
 
 
+def test_progress_without_a_terminal(tmp_path, capsys):
+    """The run and its auxiliary phases report in plain lines: steps, rate, time left and return; no cursor moves."""
+    ppg.train(make_args(tmp_path, "--total-timesteps", 64), Signpost(4))
+    said = capsys.readouterr().err
+    lines = said.replace("\r", "\n").splitlines()
+    assert any(re.fullmatch(r"64/64, +\S+step/s, 00:00 left, return -?\d+\.\d\d", line) for line in lines)
+    assert any(re.fullmatch(r"auxiliary phase: \d+/24, +\S+update/s, \S+ left", line) for line in lines)
+    assert "\x1b" not in said
+
+
 @pytest.mark.parametrize(("flags", "kinds"), [((), ("joint",)), (("--e-value", 2), ("value", "policy"))])
 def test_learning_rates_fall_over_the_whole_run(tmp_path, monkeypatch, flags, kinds):
     """Annealing runs from the first iteration to the last and does not start again with a phase; all Adams follow."""
@@ -1212,6 +1222,8 @@ BAD_INPUT = [
     ("--exp-name=", "--exp-name"),
     ("--resume nowhere", "nowhere"),
     ("--evaluate nowhere", "nowhere"),
+    ("--resume=", "checkpoint.pt"),
+    ("--evaluate=", "checkpoint.pt"),
     ("--resume a --evaluate b", "--evaluate"),
     ("--no-such-flag", "--no-such-flag"),
     ("--num-env 64", "--num-env"),
@@ -1582,17 +1594,6 @@ def test_flags_beside_resume(finished, capsys):
         assert all(name in sentence for name in named), sentence
 
 
-def test_shortened_metrics(run_copy, capsys):
-    # Breaks when a resumed run fills a hole in metrics.csv with zero bytes, or goes on without rows it should have.
-    path = run_copy / "metrics.csv"
-    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-1]))
-    before = contents(run_copy)
-    assert script("--resume", str(run_copy), *phases(4)) == 1
-    errors = printed(capsys)
-    assert str(path) in errors and "Traceback" not in errors
-    assert contents(run_copy) == before
-
-
 # ---- processes -------------------------------------------------------------------------------------------------------
 
 NUM_ENVS = 4  # of all processes together
@@ -1953,6 +1954,38 @@ def test_huge_learning_rate_ends_with_a_sentence(tmp_path, capsys):
     errors = printed(capsys)
     assert re.search(r"error: losses/\S+ is \S+ at step \d+", errors)
     assert "Traceback" not in errors
+
+
+def test_rollout_of_a_diverged_policy(tmp_path, capsys):
+    # Breaks when logits that are no numbers, which the only update of an iteration leaves, fail in the sampling.
+    flags = ["--num-minibatches", "1", "--learning-rate", "1e9", "--e-auxiliary", "0"]
+    assert script(*TINY, "--runs-dir", str(tmp_path), *phases(3), *flags) == 1
+    errors = printed(capsys)
+    assert re.search(r"error: losses/\w+ is nan at step 64", errors) and "Traceback" not in errors
+
+
+@pytest.mark.parametrize("name", ["policy_phase", "auxiliary_phase"])
+def test_last_update_that_breaks_the_weights(tmp_path, monkeypatch, capsys, name):
+    # Breaks when such weights reach the checkpoint, because the losses were computed before the update.
+    real = getattr(ppg, name)
+
+    def break_weights(optimizer, *args):
+        update(optimizer, *args)
+        optimizer.param_groups[0]["params"][0].data[0] = float("inf")
+
+    def breaking(*args):
+        with monkeypatch.context() as patch:
+            patch.setattr(ppg, "update", break_weights)
+            return real(*args)
+
+    update = ppg.update
+    monkeypatch.setattr(ppg, name, breaking)
+    one_update = ["--num-minibatches", "1", "--num-aux-rollouts", "4", "--n-iteration", "2"]
+    assert script(*TINY, "--runs-dir", str(tmp_path), *phases(1), *one_update) == 1
+    errors = printed(capsys)
+    assert re.search(r"error: losses/(aux/)?weights is \S+ at step \d+", errors) and "Traceback" not in errors
+    (run_dir,) = tmp_path.iterdir()
+    assert not (run_dir / "checkpoint.pt").exists()
 
 
 def test_runs_of_the_same_second_have_their_own_directories(tmp_path, monkeypatch):
