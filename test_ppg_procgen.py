@@ -2021,8 +2021,8 @@ def print_bare_rates(setting: str, num_envs: int) -> None:
     else:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         agent = ppg.Agent(15, "shared").to(device).to(memory_format=torch.contiguous_format)
-    minibatch = min(num_envs // 8 * 256, ppg.MAX_STEPS_PER_PASS)
-    sizes = {"rollout": num_envs, "policy": minibatch, "old_logits": 1024, "auxiliary": 1024}
+    limit = 1024 if setting == "textbook" else ppg.MAX_STEPS_PER_PASS
+    sizes = {"rollout": num_envs, "policy": min(num_envs // 8 * 256, limit), "old_logits": limit, "auxiliary": limit}
     rates = {}
     for name, size in sizes.items():
         obs = torch.randint(0, 256, (size, 64, 64, 3), dtype=torch.uint8, device=device)
