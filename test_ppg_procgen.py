@@ -1106,6 +1106,20 @@ def test_everything_runs_on_the_gpu(tmp_path, monkeypatch):
     assert summary["device"] == torch.cuda.get_device_name() and summary["peak_memory_bytes"]["device"] > 1e6
 
 
+@pytest.mark.parametrize("capability", ["avx512_bf16", "amx_bf16", "avx2"])
+@pytest.mark.parametrize(
+    ("precision", "expected"),
+    [("auto", ["policy", "auxiliary"]), ("bf16", ["policy", "auxiliary"]), ("bf16-aux", ["auxiliary"]), ("fp32", [])],
+)
+def test_precision_by_hardware(tmp_path, monkeypatch, capsys, capability, precision, expected):
+    """On a CPU bfloat16 everywhere is the default; one that is slow in it computes in float32, and says so."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "x86_64", capability: True})
+    _, phases = ppg.start_process(make_args(tmp_path, "--no-cuda", "--precision", precision))
+    slow = capability == "avx2"
+    assert phases == ([] if slow else expected)
+    assert ("float32" in capsys.readouterr().err) == (slow and precision != "fp32")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_cuda_without_a_gpu_says_so(tmp_path, capsys):
     """--cuda, the default, runs on the CPU where there is none, and says it in a line."""
