@@ -1750,6 +1750,15 @@ def test_number_of_processes_must_stay(two_processes, capsys):
     assert "2 processes" in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_advice_fits_the_launcher(tmp_path, monkeypatch):
+    # Breaks when the command that is to resume would be refused, because it starts another number of processes.
+    for processes, launcher in ((1, "python"), (2, "torchrun --nproc-per-node 2")):
+        monkeypatch.setattr(ppg, "WORLD_SIZE", processes)
+        monkeypatch.setattr(ppg, "LOCAL_WORLD_SIZE", processes)
+        run = ppg.Run(ppg.parse_args([*TINY, "--runs-dir", str(tmp_path), *phases(1, processes)]), None)
+        assert run.advice_once_saved.endswith(f": {launcher} ppg_procgen.py --resume {run.directory}")
+
+
 def test_process_that_dies_ends_the_other(tmp_path):
     # Breaks when the survivor waits for ever, or ends as if all were well. No torchrun here, which would end it too.
     with socket.socket() as probe:
