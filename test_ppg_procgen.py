@@ -1412,6 +1412,8 @@ def stop_after_next_checkpoint(flags: list[str], run_dirs: Path, how: signal.Sig
     """Starts the program, and sends it a signal at a random moment after it has written a checkpoint."""
     before = {path: path.stat().st_mtime_ns for path in run_dirs.glob("*/checkpoint.pt")}
     command = [sys.executable, ppg.__file__, *flags]
+    # A shell makes its background jobs deaf to SIGINT, and thereby all that they start: these tests too, perhaps.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.monotonic() + 300
     while {path: path.stat().st_mtime_ns for path in run_dirs.glob("*/checkpoint.pt")} == before:
