@@ -33,13 +33,13 @@ import io
 import json
 import os
 import re
-import resource
 import signal
 import sys
 import time
 from collections import namedtuple
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
 
 import gym_notices.notices
 import numpy as np
@@ -531,16 +531,14 @@ class Run:
         fresh = {"phase": 0, "iteration": 0, "global_step": 0, "episodes": 0, "recent": [], "seconds": seconds}
         self.state = saved["run"] if saved else fresh | {"charts": {}, "wandb_id": os.urandom(4).hex()}
         self.started = time.perf_counter() - self.state["seconds"]["total"]
-        self.args, self.row, self.wandb, self.advice = args, {}, None, ""
+        self.args, self.row, self.wandb = args, {}, None
         style = {"smoothing": 0, "miniters": 0, "position": 0, "disable": RANK > 0}
         if not sys.stderr.isatty():  # lines instead of a bar
             style |= {"mininterval": 10, "bar_format": "{desc}{n}/{total}, {rate_fmt}, {remaining} left{postfix}\n"}
         self.bar = tqdm(total=args.total_timesteps, initial=self.state["global_step"], unit="step", **style)
         self.progress = lambda updates: tqdm(updates, "auxiliary phase: ", leave=False, unit="update", **style)
         self.directory, now = Path(args.resume or "."), int(time.time())
-        if RANK > 0:
-            return
-        while not saved:
+        while RANK == 0 and not saved:
             try:
                 self.directory = Path(args.runs_dir, f"{args.env_id}__{args.exp_name}__{args.seed}__{now}")
                 self.directory.mkdir(parents=True)
@@ -551,11 +549,14 @@ class Run:
         launcher = f"torchrun --nproc-per-node {LOCAL_WORLD_SIZE}" if WORLD_SIZE > 1 else "python"
         again = f"continue from the last checkpoint: {launcher} ppg_procgen.py --resume {self.directory}"
         self.advice, self.advice_once_saved = again if saved else "no checkpoint was written", again
-        self.metrics = self.directory / "metrics.csv"
-        rows = self.metrics.read_bytes().splitlines(keepends=True)
-        os.truncate(self.metrics, sum(map(len, rows[: 1 + self.state["iteration"]])))  # later rows come again
-        say(f"writing to {self.directory}")
-        if args.track:
+        if RANK == 0:
+            self.metrics = self.directory / "metrics.csv"
+            rows = self.metrics.read_bytes().splitlines(keepends=True)
+            os.truncate(self.metrics, sum(map(len, rows[: 1 + self.state["iteration"]])))  # later rows come again
+            if len(rows) <= self.state["iteration"]:
+                say(f"{self.metrics} lacks rows that it had when the checkpoint was written: going on without them")
+            say(f"writing to {self.directory}")
+        if RANK == 0 and args.track:
             try:
                 import wandb
 
@@ -614,12 +615,11 @@ class Run:
         self.advice = self.advice_once_saved
 
     def finish(self, device: torch.device) -> dict:
-        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         summary = {name: getattr(self.args, name) for name in ("env_id", "distribution_mode", "arch", "seed")}
         summary |= {name: self.state[name] for name in ("global_step", "episodes", "seconds")}
         summary |= dict.fromkeys(("episodic_return", "episodic_length", "normalized_return"))  # None: no episode ended
         summary |= {name.removeprefix("charts/"): value for name, value in self.state["charts"].items()}
-        memory = {"host": host, "device": torch.cuda.max_memory_allocated()}
+        memory = {"host": getrusage(RUSAGE_SELF).ru_maxrss * 1024, "device": torch.cuda.max_memory_allocated()}
         summary |= {"peak_memory_bytes": memory, "torch": torch.__version__}
         summary["device"] = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
         if RANK == 0:

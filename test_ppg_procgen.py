@@ -1610,6 +1610,19 @@ def test_flags_beside_resume(finished, capsys):
         assert all(name in sentence for name in named), sentence
 
 
+def test_shortened_metrics(run_copy, longer, capsys):
+    # Breaks when a resumed run fills a hole in metrics.csv with zero bytes, hides it, or when rows that a power failure
+    # took (they are not synchronised as the checkpoint is) make the checkpoint useless.
+    path = run_copy / "metrics.csv"
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-1]))
+    resume(run_copy, *phases(4))
+    assert f"{path} lacks rows" in printed(capsys)
+    ours, theirs = rows_of(run_copy), rows_of(longer)
+    assert [row["iteration"] for row in ours] == ["1", "2", "3", "4", "5", "7", "8"]
+    assert [row["charts/episodic_return"] for row in ours[5:]] == [row["charts/episodic_return"] for row in theirs[6:]]
+    assert b"\0" not in path.read_bytes()
+
+
 # ---- processes -------------------------------------------------------------------------------------------------------
 
 NUM_ENVS = 4  # of all processes together
