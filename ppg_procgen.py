@@ -426,7 +426,7 @@ def policy_phase(agent: Agent, optimizers: dict, rollout: Rollout, advantages: T
             if args.target_kl is not None and kind != "value" and means.read("")["approx_kl"] > args.target_kl:
                 break
     unexplained = (targets - rollout.values[:, :-1]).var(correction=0) / targets.var(correction=0).clamp_min(1e-8)
-    means.add(1, explained_variance=1 - unexplained, weights=sum(p.sum() for p in agent.parameters()))
+    means.add(1, explained_variance=1 - unexplained, sum_of_weights=sum(p.sum() for p in agent.parameters()))
     return means.read("losses/")
 
 
@@ -449,7 +449,7 @@ def auxiliary_phase(agent: Agent, optimizer, observations: Tensor, targets: Tens
     epochs = torch.cat([torch.randperm(num_segments) for _ in range(args.e_auxiliary)])
     for minibatch in progress(epochs.split(args.num_aux_rollouts)):
         update(optimizer, loss_of, minibatch, part_size)  # whose zero_grad clears what the policy phase left
-    means.add(1, weights=sum(p.sum() for p in agent.parameters()))  # finite, or the checkpoint must not be written
+    means.add(1, sum_of_weights=sum(p.sum() for p in agent.parameters()))  # finite, or no checkpoint is written
     return means.read("losses/aux/")
 
 
@@ -577,7 +577,7 @@ class Run:
             state["global_step"] += self.args.num_envs * self.args.num_steps * WORLD_SIZE
             state["episodes"] += len(new)
             state["recent"] = (state["recent"] + new)[-100:]
-        for name, value in metrics.items():  # all processes have the same losses, so they stop together
+        for name, value in metrics.items():  # all processes have the same losses and weights, so they stop together
             if not np.isfinite(value):
                 sys.exit(f"error: {name} is {value} at step {state['global_step']}; {self.advice}" if RANK == 0 else 1)
         state["seconds"] = {name: old + metrics.get(f"time/{name}", 0) for name, old in state["seconds"].items()}
@@ -678,7 +678,7 @@ def train(args: argparse.Namespace, envs: gym.vector.VectorEnv | None = None) ->
     kept = min(args.n_iteration, num_iterations) if args.e_auxiliary else 1  # rollouts; PPO needs the last one only
     shape, modules = (kept, args.num_envs, args.num_steps), {"agent": agent, **optimizers}
     observations = allocate_observations((*shape, 64, 64, 3), device, args.aux_buffer_device)
-    obs, _ = envs.reset(seed=args.seed + 10_000 * RANK)  # each process has levels of its own
+    obs, _ = envs.reset(seed=args.seed + 10_000 * RANK)  # each process draws levels of its own
     if saved:
         for name, module in modules.items():
             module.load_state_dict(saved["modules"][name])

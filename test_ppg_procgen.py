@@ -2021,7 +2021,7 @@ def test_last_update_that_breaks_the_weights(tmp_path, monkeypatch, capsys, name
     one_update = ["--num-minibatches", "1", "--num-aux-rollouts", "4", "--n-iteration", "2"]
     assert script(*TINY, "--runs-dir", str(tmp_path), *phases(1), *one_update) == 1
     errors = printed(capsys)
-    assert re.search(r"error: losses/(aux/)?weights is \S+ at step \d+", errors) and "Traceback" not in errors
+    assert re.search(r"error: losses/(aux/)?sum_of_weights is \S+ at step \d+", errors) and "Traceback" not in errors
     (run_dir,) = tmp_path.iterdir()
     assert not (run_dir / "checkpoint.pt").exists()
 
