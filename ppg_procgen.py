@@ -582,8 +582,9 @@ def train(args: argparse.Namespace, make_envs: Callable = make_envs) -> dict:
     adam = partial(torch.optim.Adam, list(agent.parameters()), eps=args.adam_eps)
     optimizers = {losses: adam(lr=args.learning_rate) for losses in losses_of_epochs(args)}
     optimizers["auxiliary"] = adam(lr=args.aux_learning_rate)
-    modules = {"agent": agent, **optimizers}  # what is saved: a module beside the agent belongs here,
-    modules_per_process = {"reward_normalizer": reward_normalizer}  # or here, if it differs between processes
+    # What is saved: a module beside the agent, too, belongs here, or below if it differs between processes.
+    modules = {"agent": agent, **{f"{name}_optimizer": optimizer for name, optimizer in optimizers.items()}}
+    modules_per_process = {"reward_normalizer": reward_normalizer}
 
     num_iterations = args.total_timesteps // (args.num_envs * args.num_steps * WORLD_SIZE)
     num_rollouts = min(args.n_iteration, num_iterations) if args.e_auxiliary else 1  # PPO keeps one
@@ -617,9 +618,8 @@ def train(args: argparse.Namespace, make_envs: Callable = make_envs) -> dict:
                 run.log_iteration(metrics, rollout.episodes)
             if args.e_auxiliary and phase_iterations == args.n_iteration:
                 with run.timed("auxiliary_phase"):
-                    segments = observations.flatten(0, 1)
-                    targets = torch.cat(phase_targets)
-                    metrics = auxiliary_phase(agent, optimizers["auxiliary"], segments, targets, args, steps_per_pass)
+                    segments = (observations.flatten(0, 1), torch.cat(phase_targets))
+                    metrics = auxiliary_phase(agent, optimizers["auxiliary"], *segments, args, steps_per_pass)
                 run.log(metrics)
             run.end_phase(make_envs)  # evaluation, film, checkpoint: what is due
         return run.finish()
@@ -740,18 +740,14 @@ def allocate_observations(num_rollouts: int, image_shape: tuple, device: torch.d
     if device.type == "cuda" and home != "cuda":
         bytes_needed = 2 ** math.ceil(math.log2(bytes_needed))  # to which PyTorch rounds pinned memory up
     if home != "cuda":
-        bytes_free = free_host_memory() / LOCAL_WORLD_SIZE
+        bytes_free = math.inf
+        if sys.platform == "linux":
+            available = re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]
+            bytes_free = 1024 * int(available) / LOCAL_WORLD_SIZE
     if bytes_needed > bytes_free:
         sizes = f"{bytes_needed / 1e9:.1f} GB in each process, and {bytes_free / 1e9:.1f} GB are free"
         fail(f"a phase's observations need {sizes}: lower --num-envs, --num-steps or --n-iteration")
     return torch.empty(shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
-
-
-def free_host_memory() -> float:
-    """Bytes; infinite where the system does not tell."""
-    if sys.platform != "linux":
-        return math.inf
-    return 1024 * int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1])
 
 
 def choose_steps_per_pass(device: torch.device) -> int:
@@ -763,7 +759,7 @@ def choose_steps_per_pass(device: torch.device) -> int:
 
 # ---- below the lesson: the flags of a run, progress ------------------------------------------------
 CHECKPOINT_FORMAT = 2
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.ENOTDIR)
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 FREE_FLAGS = (  # those that do not change what is learned: they may differ beside --resume and --evaluate
     "resume", "evaluate", "command_line", "total_timesteps", "cuda", "track", "wandb_project_name",
     "wandb_entity", "capture_video", "runs_dir", "checkpoint_interval", "eval_interval", "eval_episodes",
@@ -915,6 +911,9 @@ class Run(AbstractContextManager):
                 fcntl.flock(self.rows, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             fail(f"another process is writing to {self.directory}: wait for it, or end it")
+        script = self.directory / Path(__file__).name
+        if not script.exists() or script.read_bytes() != Path(__file__).read_bytes():
+            say(f"this script is not the one that began the run: {self.directory} keeps that")
         folder = shlex.quote(str(Path(__file__).parent))
         status, commit = subprocess.getstatusoutput(f"git -C {folder} describe --always --dirty --abbrev=40")
         config = {"flags": vars(args), "device": str(self.device), "precision": precision}
@@ -1037,21 +1036,24 @@ class Run(AbstractContextManager):
         args = self.args
         self.phase += 1
         agent = self.modules["agent"]
-        finite = torch.stack([parameter.isfinite().all() for parameter in agent.parameters()])
+        networks = nn.ModuleList(module for module in self.modules.values() if isinstance(module, nn.Module))
+        finite = torch.stack([parameter.isfinite().all() for parameter in networks.parameters()])
         if not finite.all():
             self.stop_diverged("a weight is not finite")
-        if RANK == 0:
-            results = {}
-            with self.timed("evaluation"):
-                if args.eval_interval and self.phase % args.eval_interval == 0:
-                    results = evaluate(agent, args, make_envs, self.device, self.directory, self.global_step)
-                if args.capture_video:
-                    record_video(agent, args, make_envs, self.device, self.directory, self.global_step)
-            self.log({f"eval/{name}": value for name, value in results.items()})
-        self.write_row()
-        last = self.global_step == self.total_steps
-        if args.checkpoint_interval and (last or self.phase % args.checkpoint_interval == 0):
-            self.save()
+        try:
+            if RANK == 0:
+                results = {}
+                with self.timed("evaluation"):
+                    if args.eval_interval and self.phase % args.eval_interval == 0:
+                        results = evaluate(agent, args, make_envs, self.device, self.directory, self.global_step)
+                    if args.capture_video:
+                        record_video(agent, args, make_envs, self.device, self.directory, self.global_step)
+                self.log({f"eval/{name}": value for name, value in results.items()})
+        finally:  # an evaluation that fails does not lose the phase
+            self.write_row()
+            last = self.global_step == self.total_steps
+            if args.checkpoint_interval and (last or self.phase % args.checkpoint_interval == 0):
+                self.save()
 
     def save(self) -> None:
         """Replaces checkpoint.pt atomically: a failure leaves the previous one as it was."""
@@ -1093,7 +1095,7 @@ class Run(AbstractContextManager):
         return f"to go on from the checkpoint of step {self.checkpoint_step}: {shlex.join(launcher + command)}"
 
     def stop_diverged(self, what: str) -> NoReturn:
-        remedy = "a resumed run would repeat this; a new one with a smaller --learning-rate may not"
+        remedy = "a resumed run would repeat this; a new one with smaller step sizes may not"
         kept = "none" if self.checkpoint_step is None else f"those of step {self.checkpoint_step}"
         fail(f"{what} at step {self.global_step}: {remedy}; weights that are kept: {kept}", 1)
 
@@ -1151,7 +1153,7 @@ def evaluate(agent: Agent, args, make_envs: Callable, device, run_dir: Path, ste
             metrics["gap"] = metrics["train_levels_return"] - metrics["all_levels_return"]
         results = {"global_step": step, "seed": args.seed, "episodes": args.eval_episodes} | metrics
         file.write(json.dumps(results) + "\n")
-    print(json.dumps(results, indent=2))
+    tqdm.write(json.dumps(results, indent=2))  # to standard output, above the bars
     return metrics
 
 
@@ -1161,6 +1163,8 @@ def record_video(agent: Agent, args, make_envs: Callable, device, run_dir: Path,
     film = {"directory": str(run_dir / "videos"), "prefix": f"step{step}-"}
     envs = make_envs(args, num_envs=1, num_levels=args.num_levels, film=film)
     play(agent, envs, 1, args.seed + 2 * 10**6, device)
+    if not (run_dir / f"videos/step{step}-00000.mp4").exists():
+        say("these environments do not film themselves")
 
 
 # ---- main ------------------------------------------------------------------------------------------
