@@ -175,9 +175,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     add = parser.add_argument_group("system").add_argument
     precisions = ("auto", "bf16", "bf16-aux", "fp32")
-    add(
-        "--precision", choices=precisions, default="auto", help="bfloat16 trunks: always, in the auxiliary phase, never"
-    )
+    add("--precision", choices=precisions, default="auto", help="bfloat16 trunks: always, in one phase, never")
     add("--steps-per-pass", type=count_or_0, default=0, help="bounds the memory of activations; 0 = auto")
     homes = ("auto", "cpu", "cuda")
     add("--aux-buffer-device", choices=homes, default="auto", help="home of a phase's observations")
@@ -205,7 +203,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 # ---- networks --------------------------------------------------------------------------------------
 def normed(layer: nn.Module, scale: float) -> nn.Module:
-    """Rescales each output unit's incoming weights to L2 norm `scale`, zeroes the biases (O: torch_util.py)."""
+    """Rescales each unit's incoming weights to L2 norm `scale`, zeroes the biases (O: torch_util.py)."""
     layer.weight.data = scale * F.normalize(layer.weight.data.flatten(1)).view_as(layer.weight)
     layer.bias.data.zero_()
     return layer
@@ -459,7 +457,7 @@ def collect_rollout(agent: Agent, tracker: EpisodeTracker, observations: Tensor,
 
 
 def optimizer_step(optimizer, loss_function: Callable, passes: Iterable, max_grad_norm: float = 0) -> list:
-    """A step on the mean loss of a minibatch, cut by `batches` to fit into memory. Returns (share, metrics) of each."""
+    """A step on the mean loss of a minibatch, which `batches` cuts. Returns (share, metrics) of each pass."""
     metrics_of_passes = []
     optimizer.zero_grad()
     for share, batch in passes:
@@ -643,7 +641,7 @@ def batches(data: dict, segments: Tensor, steps_per_pass: int, device) -> Iterat
 
 
 def mean_metrics(passes: list[tuple[float, dict[str, Tensor]]]) -> dict[str, float]:
-    """Means, weighted with the shares, over all processes. Waits for the device, as nothing before it does."""
+    """Means over passes, by their shares, and over processes. Alone in a phase it waits for the device."""
     totals = {}
     shares = {}
     for share, metrics in passes:
@@ -751,7 +749,7 @@ def allocate_observations(num_rollouts: int, image_shape: tuple, device: torch.d
 
 
 def choose_steps_per_pass(device: torch.device) -> int:
-    """512 on a CPU, which is no faster with more; on a GPU half of the free memory, at an estimated 5 MB a step."""
+    """512 on a CPU, no faster with more; on a GPU half of the free memory, at an estimated 5 MB a step."""
     if device.type != "cuda":
         return 512
     return max(512, int(0.5 * torch.cuda.mem_get_info(device)[0] / 5e6))
@@ -798,7 +796,7 @@ def with_flags_of_run(args: argparse.Namespace, parser: argparse.ArgumentParser)
     saved = load_checkpoint(run_dir)
     unknown = [name for name in saved["args"] if name not in args]
     if unknown:
-        fail(f"{run_dir} has flags that this script lacks, {', '.join(unknown)}: use the script that is kept there")
+        fail(f"{run_dir} has flags that this script lacks, {', '.join(unknown)}: use the script kept there")
     parser.set_defaults(**saved["args"] | {"resume": None, "evaluate": None})
     flags = parser.parse_args(args.command_line[1:])
     flags.command_line = args.command_line
@@ -1136,7 +1134,7 @@ def play(agent: Agent, envs: gym.vector.VectorEnv, episodes: int, seed: int, dev
 
 
 def evaluate(agent: Agent, args, make_envs: Callable, device, run_dir: Path, step: int) -> dict:
-    """Plays --eval-episodes on all levels and on the training levels, if these are others. Returns metrics."""
+    """Plays --eval-episodes on all levels, and on the training levels if these are others."""
     metrics = {}
     level_sets = {"all_levels": 0}
     if args.num_levels:
