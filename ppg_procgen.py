@@ -729,6 +729,7 @@ def allocate_observations(num_rollouts: int, image_shape: tuple, device: torch.d
     """[num_rollouts, N, T, *image_shape] uint8 on the GPU or on the host, pinned for a GPU."""
     shape = (num_rollouts, args.num_envs, args.num_steps, *image_shape)
     bytes_needed = math.prod(shape)
+    say(f"the observations of a phase take {bytes_needed / 1e9:.2f} GB in each process")
     bytes_free = math.inf
     home = args.aux_buffer_device
     if device.type == "cuda" and home != "cpu":

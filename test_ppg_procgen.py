@@ -1315,7 +1315,7 @@ def test_runs_that_stay_as_they_are(copied, capsys):
     """A directory that another process writes to is refused; a finished run has nothing left to do."""
     before = contents(copied)
     with open(copied / "metrics.jsonl") as rows:
-        ppg.fcntl.flock(rows, ppg.fcntl.LOCK_EX)
+        ppg.fcntl.flock(rows, ppg.fcntl.LOCK_SH)  # a process that writes locks for itself alone
         status, said = ending(capsys, "--resume", copied, *phases(4))
     assert status == 2 and f"error: another process is writing to {copied}" in said and contents(copied) == before
     ppg.main(["--resume", str(copied)])
