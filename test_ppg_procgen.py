@@ -839,6 +839,7 @@ SMALL = ("--arch", "detach", "--num-steps", 4, "--total-timesteps", 64, "--e-aux
 def test_the_phases_get_the_right_data(tmp_path, monkeypatch, clip):
     """Rewards are normalised, then GAE; the auxiliary phase has all rollouts of its phase, with their targets."""
     rollouts = spy(monkeypatch, "collect_rollout", lambda _, rollout: copy.deepcopy(rollout))
+    seeds = spy(monkeypatch, "collect_rollout", lambda *_: torch.initial_seed())
     gaes = spy(monkeypatch, "compute_gae", lambda a, result: (dict(a), *result))
     updates = spy(monkeypatch, "policy_phase_update", lambda a, _: (a["rollout"], a["advantages"], a["targets"]))
     phases = spy(monkeypatch, "auxiliary_phase", lambda a, _: (a["observations"].clone(), a["targets"].clone()))
@@ -846,6 +847,7 @@ def test_the_phases_get_the_right_data(tmp_path, monkeypatch, clip):
     ppg.train(make_args(tmp_path, *flags, *SMALL), signposts)
     normalizer = ppg.RewardNormalizer(4, 0.7, clip)
     assert len(rollouts) == len(gaes) == len(updates) == 4
+    assert seeds[0] == seeds[1] != seeds[2] == seeds[3]  # each phase draws numbers of its own
     assert [observations.shape for observations, _ in phases] == 2 * [(8, 4, 64, 64, 3)]
     for i, (rollout, (given, *estimates)) in enumerate(zip(rollouts, gaes)):
         torch.testing.assert_close(given.pop("rewards"), normalizer(rollout.rewards, rollout.firsts[:, :-1]))
