@@ -46,7 +46,6 @@ import errno
 import io
 import json
 import math
-import pickle
 import re
 import shlex
 import shutil
@@ -145,8 +144,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--total-timesteps", type=count, default=25_000_000, help="steps of all processes together")
 
     add = parser.add_argument_group("policy phase").add_argument
-    archs = ("dual", "detach", "shared")
-    add("--arch", choices=archs, default="dual", help="PPG's two networks; its single one; PPO's one")
+    add(
+        "--arch",
+        choices=("dual", "detach", "shared"),
+        default="dual",
+        help="PPG's two networks; its single one; PPO's one",
+    )
     add("--num-steps", type=count, default=256, help="T: steps of a rollout")
     add("--n-iteration", type=count, default=32, help="N_pi: policy iterations per phase")
     add("--e-policy", type=count, default=1, help="E_pi: policy epochs per iteration")
@@ -177,16 +180,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     precisions = ("auto", "bf16", "bf16-aux", "fp32")
     add("--precision", choices=precisions, default="auto", help="bfloat16 trunks: always, in one phase, never")
     add("--steps-per-pass", type=count_or_0, default=0, help="bounds the memory of activations; 0 = auto")
-    homes = ("auto", "cpu", "cuda")
-    add("--aux-buffer-device", choices=homes, default="auto", help="home of a phase's observations")
+    add("--aux-buffer-device", choices=("auto", "cpu", "cuda"), default="auto", help="of a phase's observations")
 
     args = parser.parse_args(argv)
     args.command_line = [sys.argv[0], *(sys.argv[1:] if argv is None else argv)]
     if args.resume is not None or args.evaluate is not None:
         args = with_flags_of_run(args, parser)
     iteration_steps = args.num_envs * args.num_steps * WORLD_SIZE
-    if not re.fullmatch(r"[\w.+=-]+", args.exp_name):
-        parser.error("--exp-name must be made of letters, digits and . _ + = -")
     if args.num_envs % args.num_minibatches:
         parser.error(f"--num-minibatches must divide --num-envs, {args.num_envs}")
     if args.total_timesteps < iteration_steps:
@@ -195,9 +195,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--num-aux-rollouts must divide N x N_pi, {args.num_envs * args.n_iteration}")
     if args.evaluate and WORLD_SIZE > 1:
         parser.error("--evaluate runs in one process, without torchrun")
-    has_gpu = args.cuda and torch.cuda.is_available()
-    if args.aux_buffer_device == "cuda" and not has_gpu and args.evaluate is None:
-        parser.error("--aux-buffer-device cuda needs a GPU: give --aux-buffer-device auto")
     return args
 
 
@@ -457,7 +454,7 @@ def collect_rollout(agent: Agent, tracker: EpisodeTracker, observations: Tensor,
 
 
 def optimizer_step(optimizer, loss_function: Callable, passes: Iterable, max_grad_norm: float = 0) -> list:
-    """A step on the mean loss of a minibatch, which `batches` cuts. Returns (share, metrics) of each pass."""
+    """A step on the mean loss of a minibatch; `passes`: its parts, (share of it, batch). Returns their metrics."""
     metrics_of_passes = []
     optimizer.zero_grad()
     for share, batch in passes:
@@ -563,7 +560,7 @@ def auxiliary_phase(
     metrics = []
     loss_function = partial(auxiliary_phase_loss, agent=agent, args=args)
     epochs = torch.cat([torch.randperm(num_segments) for _ in range(args.e_auxiliary)])
-    for minibatch in show_progress(epochs.split(args.num_aux_rollouts), label="auxiliary phase"):
+    for minibatch in show_progress(epochs.split(args.num_aux_rollouts), desc="auxiliary phase: ", unit="update"):
         passes = batches(data, minibatch, steps_per_pass, targets.device)
         metrics += optimizer_step(optimizer, loss_function, passes)
     return mean_metrics(metrics)
@@ -589,7 +586,7 @@ def train(args: argparse.Namespace, make_envs: Callable = make_envs) -> dict:
     observations = allocate_observations(num_rollouts, envs.single_observation_space.shape, device, args)
     steps_per_pass = args.steps_per_pass or choose_steps_per_pass(device)
 
-    with Run(args, modules, modules_per_process, tracker, device, precision) as run:
+    with Run(args, modules, modules_per_process, tracker, device) as run:
         while run.iteration < num_iterations:
             # A resumed run, or one that evaluates between its phases, draws the same numbers as any other.
             torch.manual_seed(int(np.random.SeedSequence((args.seed, RANK, run.phase)).generate_state(1)[0]))
@@ -667,12 +664,10 @@ def sum_over_processes(x: Tensor) -> Tensor:
 
 
 def average_gradients(parameters: list[Tensor]) -> None:
-    """Over the processes, in one message."""
-    if WORLD_SIZE > 1:
-        grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        means = sum_over_processes(torch.cat([grad.flatten() for grad in grads])) / WORLD_SIZE
-        for grad, mean in zip(grads, means.split([grad.numel() for grad in grads])):
-            grad.copy_(mean.view(grad.shape))
+    """Over the processes."""
+    for parameter in parameters:
+        if WORLD_SIZE > 1 and parameter.grad is not None:
+            sum_over_processes(parameter.grad).div_(WORLD_SIZE)
 
 
 def global_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -730,22 +725,19 @@ def allocate_observations(num_rollouts: int, image_shape: tuple, device: torch.d
     shape = (num_rollouts, args.num_envs, args.num_steps, *image_shape)
     bytes_needed = math.prod(shape)
     say(f"the observations of a phase take {bytes_needed / 1e9:.2f} GB in each process")
-    bytes_free = math.inf
-    home = args.aux_buffer_device
-    if device.type == "cuda" and home != "cpu":
-        bytes_free = 0.8 * torch.cuda.mem_get_info(device)[0]  # the rest is for activations
-        if bytes_needed <= bytes_free:
+    if args.aux_buffer_device == "cuda" and device.type != "cuda":
+        fail("--aux-buffer-device cuda needs a GPU: give --aux-buffer-device auto")
+    if device.type == "cuda":
+        room = 0.8 * torch.cuda.mem_get_info(device)[0]  # the rest is for activations
+        if args.aux_buffer_device == "cuda" or (args.aux_buffer_device == "auto" and bytes_needed <= room):
             return torch.empty(shape, dtype=torch.uint8, device=device)
-    if device.type == "cuda" and home != "cuda":
         bytes_needed = 2 ** math.ceil(math.log2(bytes_needed))  # to which PyTorch rounds pinned memory up
-    if home != "cuda":
-        bytes_free = math.inf
-        if sys.platform == "linux":
-            available = re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]
-            bytes_free = 1024 * int(available) / LOCAL_WORLD_SIZE
-    if bytes_needed > bytes_free:
-        sizes = f"{bytes_needed / 1e9:.1f} GB in each process, and {bytes_free / 1e9:.1f} GB are free"
-        fail(f"a phase's observations need {sizes}: lower --num-envs, --num-steps or --n-iteration")
+    if sys.platform == "linux":
+        available = re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]
+        bytes_free = 1024 * int(available) / LOCAL_WORLD_SIZE
+        if bytes_needed > bytes_free:
+            sizes = f"{bytes_needed / 1e9:.1f} GB in each process, and {bytes_free / 1e9:.1f} GB are free"
+            fail(f"a phase's observations need {sizes}: lower --num-envs, --num-steps or --n-iteration")
     return torch.empty(shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
 
 
@@ -756,7 +748,7 @@ def choose_steps_per_pass(device: torch.device) -> int:
     return max(512, int(0.5 * torch.cuda.mem_get_info(device)[0] / 5e6))
 
 
-# ---- below the lesson: the flags of a run, progress ------------------------------------------------
+# ---- below the lesson: the flags of a run, its directory, checkpoints, progress --------------------
 CHECKPOINT_FORMAT = 2
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 FREE_FLAGS = (  # those that do not change what is learned: they may differ beside --resume and --evaluate
@@ -770,11 +762,9 @@ class SentenceParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         known = [*self._option_string_actions, *(x for action in self._actions for x in action.choices or ())]
-        unknown = re.search(r"(?:unrecognized arguments: |invalid choice: ')([^\s'=]+)", message)
+        unknown = re.search(r"(?:arguments: -|choice: ')([^\s'=]+)", message)
         nearest = difflib.get_close_matches(unknown[1], known, 1) if unknown else []
-        if nearest and nearest[0] != unknown[1]:
-            message += f"; did you mean {nearest[0]}?"
-        fail(message)
+        fail(message + "".join(f"; did you mean {name}?" for name in nearest))
 
 
 def load_checkpoint(run_dir: str) -> dict:
@@ -799,8 +789,7 @@ def with_flags_of_run(args: argparse.Namespace, parser: argparse.ArgumentParser)
     if unknown:
         fail(f"{run_dir} has flags that this script lacks, {', '.join(unknown)}: use the script kept there")
     parser.set_defaults(**saved["args"] | {"resume": None, "evaluate": None})
-    flags = parser.parse_args(args.command_line[1:])
-    flags.command_line = args.command_line
+    flags = parser.parse_args(args.command_line[1:], argparse.Namespace(command_line=args.command_line))
     setattr(flags, flag, run_dir)
     free = FREE_FLAGS if flag == "resume" else (*FREE_FLAGS, "seed")
     for name, value in saved["args"].items():
@@ -830,24 +819,21 @@ class PlainLines(tqdm):
             print(self, file=sys.stderr, flush=True)
 
 
-def show_progress(iterable: Iterable | None = None, label: str = "", **options) -> tqdm:
-    """A bar; one with a label stands below that of the run, and goes when it is done."""
-    options = {"unit": "update", "smoothing": 0, "miniters": 0, "disable": RANK > 0} | options
-    if label:
-        options |= {"desc": f"{label}: ", "position": 1, "leave": False}
+def show_progress(iterable: Iterable | None = None, **options) -> tqdm:
+    """A bar. A second one stands below the first, and goes when it is done."""
+    options |= {"leave": None, "smoothing": 0, "miniters": 0, "disable": RANK > 0}
     if sys.stderr.isatty():
         return tqdm(iterable, **options)
     line = "{desc}{n}/{total} {unit}s, {rate_fmt}, {remaining} left{postfix}"
     return PlainLines(iterable, mininterval=10, bar_format=line, file=io.StringIO(), **options)
 
 
-# ---- below the lesson: the run directory, checkpoints ----------------------------------------------
 class Run(AbstractContextManager):
     """What a run counts, shows and writes, by rank 0 alone, to a directory that it keeps locked."""
 
     SAVED = ("phase", "iteration", "global_step", "episodes", "recent", "charts", "seconds", "wandb_id")
 
-    def __init__(self, args, modules: dict, modules_per_process: dict, tracker: EpisodeTracker, device, precision):
+    def __init__(self, args, modules: dict, modules_per_process: dict, tracker: EpisodeTracker, device):
         self.args = args
         self.modules = modules
         self.modules_per_process = modules_per_process
@@ -867,14 +853,13 @@ class Run(AbstractContextManager):
         self.times = {}  # for the row that is logged next
         self.checkpoint_step = None
         self.wandb = None
+        if WORLD_SIZE > 1:  # a copy may draw random numbers before it makes its networks
+            for tensor in modules["agent"].state_dict().values():
+                dist.broadcast(tensor, 0)
         if RANK == 0:
-            self.open_directory(precision)
+            self.open_directory()
         if args.resume is not None:
             self.restore(load_checkpoint(args.resume))
-        for module in modules.values():
-            if WORLD_SIZE > 1 and isinstance(module, nn.Module):
-                for tensor in module.state_dict().values():
-                    dist.broadcast(tensor, 0)
         if RANK == 0:
             self.announce()
         self.started = time.perf_counter() - self.seconds["total"]
@@ -891,32 +876,24 @@ class Run(AbstractContextManager):
             with suppress(OSError):  # a full disk has been told
                 self.rows.close()
 
-    def open_directory(self, precision: str) -> None:
+    def open_directory(self) -> None:
         args = self.args
-        self.directory = Path(args.resume or args.runs_dir)
-        self.directory.mkdir(parents=True, exist_ok=True)
-        second = int(time.time())
-        while args.resume is None:
-            self.directory = Path(args.runs_dir, f"{args.env_id}__{args.exp_name}__{args.seed}__{second}")
-            try:
-                self.directory.mkdir()
-                shutil.copy(__file__, self.directory)
-                break
-            except FileExistsError:  # another run started in this second
-                second += 1
+        self.directory = Path(args.runs_dir, f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
+        if args.resume is None:
+            self.directory.mkdir(parents=True)  # refuses one that another run has made in this second
+            shutil.copy(__file__, self.directory)
+        else:
+            self.directory = Path(args.resume)
         self.rows = open(self.directory / "metrics.jsonl", "a+")  # noqa: SIM115 (its lock lasts as long)
         try:  # the system releases the lock when this process dies
             if fcntl:
                 fcntl.flock(self.rows, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             fail(f"another process is writing to {self.directory}: wait for it, or end it")
-        script = self.directory / Path(__file__).name
-        if not script.exists() or script.read_bytes() != Path(__file__).read_bytes():
-            say(f"this script is not the one that began the run: {self.directory} keeps that")
-        folder = shlex.quote(str(Path(__file__).parent))
-        status, commit = subprocess.getstatusoutput(f"git -C {folder} describe --always --dirty --abbrev=40")
-        config = {"flags": vars(args), "device": str(self.device), "precision": precision}
-        config |= {"processes": WORLD_SIZE, "commit": None if status else commit, "python": sys.version}
+        git = f"git -C {shlex.quote(str(Path(__file__).parent))} describe --always --dirty --abbrev=40"
+        status, commit = subprocess.getstatusoutput(git)
+        config = {"flags": vars(args), "commit": None if status else commit, "processes": WORLD_SIZE}
+        config |= {"device": str(self.device), "precision": self.modules["agent"].precision, "python": sys.version}
         config |= {module.__name__: module.__version__ for module in (torch, np, gym)}
         (self.directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
@@ -936,36 +913,28 @@ class Run(AbstractContextManager):
             self.tracker.envs.set_state(process["envs"])
             vars(self.tracker).update(process["tracker"])
         if RANK == 0:
-            self.cut_rows()
-
-    def cut_rows(self) -> None:
-        self.rows.seek(0)
-        rows = self.rows.readlines()
-        kept = []
-        for row in rows:
-            match = re.fullmatch(r'\{"iteration": (\d+),.*\}\n', row)
-            if match is None or int(match[1]) > self.iteration:  # half a row, or a later one
-                break
-            kept.append(row)
-        self.rows.truncate(len("".join(kept).encode()))
-        say(f"going on from step {self.global_step}; {len(rows) - len(kept)} later rows are dropped")
-        if len(kept) < self.iteration:
-            say(f"{self.rows.name} lacks {self.iteration - len(kept)} rows that it had")
+            self.rows.seek(0)
+            rows = self.rows.readlines()
+            earlier = []
+            for row in rows:
+                if not row.endswith("}\n") or json.loads(row)["iteration"] > self.iteration:
+                    break  # half a row, or one that comes again
+                earlier.append(row)
+            self.rows.truncate(len("".join(earlier)))
+            counts = f"{len(earlier)} of {self.iteration} rows; {len(rows) - len(earlier)} later ones are dropped"
+            say(f"going on from step {self.global_step} with {counts}")
 
     def announce(self) -> None:
         args = self.args
-        total = self.total_steps
-        if total < args.total_timesteps:
-            say(f"the last {args.total_timesteps - total} steps do not fill an iteration and are left out")
-        if self.global_step == total:
-            say(f"nothing left to do in {self.directory}: its {total} steps are made")
+        if self.global_step == self.total_steps:
+            say(f"nothing left to do in {self.directory}: its {self.total_steps} steps are made")
             return
         phase_steps = args.n_iteration * self.iteration_steps
-        checkpoint = "no checkpoints"
-        if args.checkpoint_interval:
-            phases = args.checkpoint_interval - self.phase % args.checkpoint_interval
-            checkpoint = f"next checkpoint at step {min(total, self.global_step + phases * phase_steps)}"
-        say(f"writing to {self.directory}: {total} steps, in phases of {phase_steps}; {checkpoint}")
+        steps = f"{self.total_steps} of {args.total_timesteps} steps fill iterations"
+        checkpoints = f"a checkpoint every {args.checkpoint_interval * phase_steps} steps and at the end"
+        if not args.checkpoint_interval:
+            checkpoints = "no checkpoint"
+        say(f"writing to {self.directory}: {steps}, {phase_steps} make a phase; {checkpoints}")
         if args.track:
             try:
                 import wandb
@@ -992,33 +961,34 @@ class Run(AbstractContextManager):
         self.global_step += self.iteration_steps
         self.episodes += len(ended)
         self.recent = (self.recent + ended)[-100:]
+        note = ""
         if self.recent:
             mean_return, mean_length = np.mean(self.recent, axis=0).tolist()
             self.charts |= {"episodic_return": mean_return, "episodic_length": mean_length}
             self.charts["normalized_return"] = normalized_return(self.args, mean_return)
+            note = f"return {mean_return:.2f}"
         self.row = {name: getattr(self, name) for name in ("iteration", "phase", "global_step", "episodes")}
         self.log(metrics)
+        if self.args.e_auxiliary and self.seconds["auxiliary_phase"] == 0:
+            note += " (time left without auxiliary phases)"
+        self.bar.set_postfix_str(note, refresh=False)
+        self.bar.update(self.iteration_steps)
 
     def log(self, metrics: dict[str, float | None]) -> None:
         """Adds metrics, whatever their names, to the row of the iteration."""
         self.row |= self.times
         self.times = {}
         self.seconds["total"] = time.perf_counter() - self.started
-        training_seconds = self.seconds["total"] - self.seconds["evaluation"]
-        iteration_seconds = [self.row.get(f"time/{name}", 0) for name in ("rollout", "policy_phase", "auxiliary_phase")]
-        self.charts["SPS"] = self.global_step / training_seconds
+        self.charts["SPS"] = self.global_step / (self.seconds["total"] - self.seconds["evaluation"])
+        phases = ("rollout", "policy_phase", "auxiliary_phase")
+        iteration_seconds = sum(self.row.get(f"time/{name}", 0) for name in phases)
         self.row |= {f"charts/{name}": value for name, value in self.charts.items()}
-        self.row["charts/SPS_iteration"] = self.iteration_steps / sum(iteration_seconds)
+        self.row["charts/SPS_iteration"] = self.iteration_steps / iteration_seconds
         self.row["time/total"] = self.seconds["total"]
         for name, value in metrics.items():  # all processes have the same losses, and stop together
             self.row[name] = value if value is None else float(value)
             if name.startswith("losses/") and not math.isfinite(value):
                 self.stop_diverged(f"{name} is {value}")
-        note = f"return {self.charts['episodic_return']:.2f}" if self.recent else ""
-        if self.args.e_auxiliary and self.seconds["auxiliary_phase"] == 0:
-            note += " (time left without auxiliary phases)"
-        self.bar.set_postfix_str(note, refresh=False)
-        self.bar.update(self.global_step - self.bar.n)
 
     def write_row(self) -> None:
         """To metrics.jsonl and wandb."""
@@ -1033,11 +1003,10 @@ class Run(AbstractContextManager):
     def end_phase(self, make_envs: Callable) -> None:
         """Evaluation, film and checkpoint, where they are due."""
         args = self.args
-        self.phase += 1
         agent = self.modules["agent"]
-        networks = nn.ModuleList(module for module in self.modules.values() if isinstance(module, nn.Module))
-        finite = torch.stack([parameter.isfinite().all() for parameter in networks.parameters()])
-        if not finite.all():
+        self.phase += 1
+        finite = [parameter.isfinite().all() for parameter in agent.parameters()]
+        if not torch.stack(finite).all():
             self.stop_diverged("a weight is not finite")
         try:
             if RANK == 0:
@@ -1068,10 +1037,7 @@ class Run(AbstractContextManager):
         buffer = io.BytesIO()  # torch.save to a full disk raises no OSError
         torch.save(content, buffer)
         buffer.seek(0)
-        try:
-            torch.load(buffer, weights_only=True)
-        except pickle.UnpicklingError as error:
-            fail(f"a state must be made of tensors, numbers, strings, bytes, lists and dicts ({error})", 1)
+        torch.load(buffer, weights_only=True)  # what it would refuse later, it refuses now
         temporary = self.directory / "checkpoint.tmp"
         try:
             with open(temporary, "wb") as file:
@@ -1095,8 +1061,7 @@ class Run(AbstractContextManager):
 
     def stop_diverged(self, what: str) -> NoReturn:
         remedy = "a resumed run would repeat this; a new one with smaller step sizes may not"
-        kept = "none" if self.checkpoint_step is None else f"those of step {self.checkpoint_step}"
-        fail(f"{what} at step {self.global_step}: {remedy}; weights that are kept: {kept}", 1)
+        fail(f"{what} at step {self.global_step}: {remedy}; the last checkpoint is of step {self.checkpoint_step}", 1)
 
     def finish(self) -> dict:
         """Writes summary.json and returns what is in it."""
@@ -1113,7 +1078,6 @@ class Run(AbstractContextManager):
         return summary
 
 
-# ---- below the lesson: evaluation and film ---------------------------------------------------------
 @torch.no_grad()
 def play(agent: Agent, envs: gym.vector.VectorEnv, episodes: int, seed: int, device) -> np.ndarray:
     """Returns of episodes. Each environment plays its quota: the first to end are the short ones."""
@@ -1121,7 +1085,7 @@ def play(agent: Agent, envs: gym.vector.VectorEnv, episodes: int, seed: int, dev
     tracker = EpisodeTracker(envs, seed)
     torch.manual_seed(seed)  # training seeds itself anew at every phase
     returns = []
-    with show_progress(label="evaluation", total=episodes, unit="episode") as progress:
+    with show_progress(desc="evaluation: ", total=episodes, unit="episode") as progress:
         while len(returns) < episodes:
             logits = agent(tracker.obs.to(device), with_value=False).logits
             _, ended = tracker.step(Categorical(logits=logits).sample())
@@ -1144,9 +1108,10 @@ def evaluate(agent: Agent, args, make_envs: Callable, device, run_dir: Path, ste
         for name, num_levels in level_sets.items():
             envs = make_envs(args, num_envs=min(args.num_envs, args.eval_episodes), num_levels=num_levels)
             returns = play(agent, envs, args.eval_episodes, args.seed + 10**6, device)
-            error = returns.std(ddof=1) / len(returns) ** 0.5 if len(returns) > 1 else None
             metrics[f"{name}_return"] = returns.mean()
-            metrics[f"{name}_standard_error"] = error
+            metrics[f"{name}_standard_error"] = None
+            if len(returns) > 1:
+                metrics[f"{name}_standard_error"] = returns.std(ddof=1) / len(returns) ** 0.5
             metrics[f"{name}_normalized_return"] = normalized_return(args, returns.mean())
         if args.num_levels:
             metrics["gap"] = metrics["train_levels_return"] - metrics["all_levels_return"]
