@@ -86,15 +86,13 @@ LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
 LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
-# fmt: off
 RETURN_RANGES = {  # R_min, R_max: easy, then hard (Cobbe et al. 2019, arXiv 1912.01588, appendix C)
     "bigfish": (1, 40, 0, 40), "bossfight": (0.5, 13, 0.5, 13), "caveflyer": (3.5, 12, 2, 13.4),
     "chaser": (0.5, 13, 0.5, 14.2), "climber": (2, 12.6, 1, 12.6), "coinrun": (5, 10, 5, 10),
     "dodgeball": (1.5, 19, 1.5, 19), "fruitbot": (-1.5, 32.4, -0.5, 27.2), "heist": (3.5, 10, 2, 10),
     "jumper": (3, 10, 1, 10), "leaper": (3, 10, 1.5, 10), "maze": (5, 10, 4, 10),
     "miner": (1.5, 13, 1.5, 20), "ninja": (3.5, 10, 2, 10), "plunder": (4.5, 30, 3, 30),
-    "starpilot": (2.5, 64, 1.5, 35)}
-# fmt: on
+    "starpilot": (2.5, 64, 1.5, 35)}  # fmt: skip
 
 
 # ---- flags -----------------------------------------------------------------------------------------
@@ -144,12 +142,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--total-timesteps", type=count, default=25_000_000, help="steps of all processes together")
 
     add = parser.add_argument_group("policy phase").add_argument
-    add(
-        "--arch",
-        choices=("dual", "detach", "shared"),
-        default="dual",
-        help="PPG's two networks; its single one; PPO's one",
-    )
+    add("--arch", choices=("dual", "detach", "shared"), default="dual", help="PPG's two networks; its one; PPO's one")
     add("--num-steps", type=count, default=256, help="T: steps of a rollout")
     add("--n-iteration", type=count, default=32, help="N_pi: policy iterations per phase")
     add("--e-policy", type=count, default=1, help="E_pi: policy epochs per iteration")
@@ -177,8 +170,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--num-aux-rollouts", type=count, default=4, help="segments (T steps each) in a minibatch")
 
     add = parser.add_argument_group("system").add_argument
-    precisions = ("auto", "bf16", "bf16-aux", "fp32")
-    add("--precision", choices=precisions, default="auto", help="bfloat16 trunks: always, in one phase, never")
+    add("--precision", choices=("auto", "bf16", "bf16-aux", "fp32"), default="auto", help="where bfloat16 is used")
     add("--steps-per-pass", type=count_or_0, default=0, help="bounds the memory of activations; 0 = auto")
     add("--aux-buffer-device", choices=("auto", "cpu", "cuda"), default="auto", help="of a phase's observations")
 
@@ -253,10 +245,7 @@ class Agent(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def forward(self, obs: Tensor, *, auxiliary_phase=False, with_policy=True, with_value=True) -> AgentOutput:
-        """obs [B, H, W, C] uint8. Computes only what the requested outputs need.
-
-        The phase decides on the precision, and on whether the single network's trunk feels the value loss.
-        """
+        """obs [B, H, W, C] uint8. Computes only what the requested outputs need."""
         bf16 = self.precision == "bf16" or (self.precision == "bf16-aux" and auxiliary_phase)
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=bf16):
             # Permuted NHWC is channels_last NCHW already. A contiguous copy would halve the speed.
@@ -349,9 +338,8 @@ class RewardNormalizer(nn.Module):
         self.gamma = gamma
         self.clip = clip
         self.register_buffer("returns", torch.zeros(num_envs, dtype=torch.float64))  # R_{t-1} of this process
-        self.register_buffer("count", torch.tensor(1e-4, dtype=torch.float64))  # of the R_t of all processes
-        self.register_buffer("mean", torch.tensor(0.0, dtype=torch.float64))
-        self.register_buffer("variance", torch.tensor(1.0, dtype=torch.float64))
+        # Of all R_t of all processes: their number, sum and sum of squares, as if 1e-4 of them had variance 1.
+        self.register_buffer("sums", torch.tensor([1e-4, 0, 1e-4], dtype=torch.float64))
 
     def forward(self, rewards: Tensor, firsts: Tensor) -> Tensor:
         """rewards [N, T]; firsts [N, T]: 1 where the step opened an episode. Returns rewards [N, T]."""
@@ -359,15 +347,9 @@ class RewardNormalizer(nn.Module):
         for t in range(rewards.shape[1]):
             self.returns = rewards[:, t] + self.gamma * self.returns * (1 - firsts[:, t])
             returns[:, t] = self.returns
-        batch_count, batch_mean, batch_variance = global_moments(returns)
-        # The moments of two sets together from those of each (Chan et al. 1979, parallel variance).
-        count = self.count + batch_count
-        delta = batch_mean - self.mean
-        squares = self.variance * self.count + batch_variance * batch_count
-        self.variance = (squares + delta**2 * self.count * batch_count / count) / count
-        self.mean = self.mean + delta * batch_count / count
-        self.count = count
-        return (rewards / (self.variance + 1e-8).sqrt()).clamp(-self.clip, self.clip).float()
+        self.sums = self.sums + global_sums(returns)
+        _, variance = mean_and_variance(self.sums)
+        return (rewards / (variance + 1e-8).sqrt()).clamp(-self.clip, self.clip).float()
 
 
 # ---- mathematics -----------------------------------------------------------------------------------
@@ -409,11 +391,6 @@ def policy_loss(*, logits, actions, old_log_probs, advantages, clip_coef: float,
         "losses/old_approx_kl": -log_ratio.mean(),
         "losses/clipfrac": ((ratio - 1).abs() > clip_coef).float().mean(),
     }
-
-
-def clone_loss(*, old_logits: Tensor, logits: Tensor) -> Tensor:
-    """KL[pi_old, pi] in nats, [B, A], [B, A] -> scalar: what holds the policy in L_joint."""
-    return kl_divergence(Categorical(logits=old_logits), Categorical(logits=logits)).mean()
 
 
 # ---- phases ----------------------------------------------------------------------------------------
@@ -462,7 +439,9 @@ def optimizer_step(optimizer, loss_function: Callable, passes: Iterable, max_gra
         (share * loss).backward()
         metrics_of_passes.append((share, {name: value.detach() for name, value in metrics.items()}))
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    average_gradients(parameters)
+    for parameter in parameters:
+        if WORLD_SIZE > 1 and parameter.grad is not None:
+            sum_over_processes(parameter.grad).div_(WORLD_SIZE)
     if max_grad_norm > 0:
         nn.utils.clip_grad_norm_(parameters, max_grad_norm)
     optimizer.step()
@@ -504,7 +483,7 @@ def policy_phase_update(
     agent: Agent, optimizers: dict, rollout: Rollout, advantages: Tensor, targets: Tensor, args, steps_per_pass: int
 ) -> dict[str, float]:
     """The epochs of one iteration over its rollout; advantages and value targets [N, T]. Returns metrics."""
-    _, mean, variance = global_moments(advantages)
+    mean, variance = mean_and_variance(global_sums(advantages))
     data = {
         "obs": rollout.observations,
         "actions": rollout.actions,
@@ -534,7 +513,8 @@ def auxiliary_phase_loss(batch: dict, *, agent: Agent, args: argparse.Namespace)
     """L_joint + L_value of the paper, and their terms."""
     output = agent(batch["obs"], auxiliary_phase=True)
     aux_value_loss = 0.5 * F.mse_loss(output.aux_values, batch["targets"])
-    kl_loss = clone_loss(old_logits=batch["old_logits"], logits=output.logits)
+    old_policy = Categorical(logits=batch["old_logits"])
+    kl_loss = kl_divergence(old_policy, Categorical(logits=output.logits)).mean()  # KL[pi_old, pi], nats
     joint_loss = aux_value_loss + args.beta_clone * kl_loss
     value_loss = 0.5 * F.mse_loss(output.values, batch["targets"])
     return joint_loss + args.aux_vf_coef * value_loss, {
@@ -663,19 +643,16 @@ def sum_over_processes(x: Tensor) -> Tensor:
     return x
 
 
-def average_gradients(parameters: list[Tensor]) -> None:
-    """Over the processes."""
-    for parameter in parameters:
-        if WORLD_SIZE > 1 and parameter.grad is not None:
-            sum_over_processes(parameter.grad).div_(WORLD_SIZE)
-
-
-def global_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Count, mean and (biased) variance of the x of all processes, in float64."""
+def global_sums(x: Tensor) -> Tensor:
+    """Number, sum and sum of squares [3] of the x of all processes, in float64."""
     x = x.double()
-    sums = torch.stack([x.new_tensor(x.numel()), x.sum(), x.square().sum()])
-    count, total, squares = sum_over_processes(sums)
-    return count, total / count, (squares / count - (total / count) ** 2).clamp_min(0)
+    return sum_over_processes(torch.stack([x.new_tensor(x.numel()), x.sum(), x.square().sum()]))
+
+
+def mean_and_variance(sums: Tensor) -> tuple[Tensor, Tensor]:
+    count, total, squares = sums
+    mean = total / count
+    return mean, (squares / count - mean**2).clamp_min(0)
 
 
 def gather_objects(thing: object) -> list:
@@ -831,7 +808,7 @@ def show_progress(iterable: Iterable | None = None, **options) -> tqdm:
 class Run(AbstractContextManager):
     """What a run counts, shows and writes, by rank 0 alone, to a directory that it keeps locked."""
 
-    SAVED = ("phase", "iteration", "global_step", "episodes", "recent", "charts", "seconds", "wandb_id")
+    SAVED = ("phase", "iteration", "global_step", "episodes", "recent", "charts", "seconds")
 
     def __init__(self, args, modules: dict, modules_per_process: dict, tracker: EpisodeTracker, device):
         self.args = args
@@ -846,7 +823,6 @@ class Run(AbstractContextManager):
         self.recent = []  # return and length of the last 100 episodes
         self.charts = dict.fromkeys(("episodic_return", "episodic_length", "normalized_return", "SPS"))
         self.seconds = dict.fromkeys(("rollout", "policy_phase", "auxiliary_phase", "evaluation", "total"), 0.0)
-        self.wandb_id = os.urandom(4).hex()
         self.iteration_steps = args.num_envs * args.num_steps * WORLD_SIZE
         self.total_steps = args.total_timesteps // self.iteration_steps * self.iteration_steps
         self.row = {}  # of the iteration that is under way
@@ -860,8 +836,6 @@ class Run(AbstractContextManager):
             self.open_directory()
         if args.resume is not None:
             self.restore(load_checkpoint(args.resume))
-        if RANK == 0:
-            self.announce()
         self.started = time.perf_counter() - self.seconds["total"]
         self.bar = show_progress(total=self.total_steps, initial=self.global_step, unit="step")
 
@@ -896,6 +870,21 @@ class Run(AbstractContextManager):
         config |= {"device": str(self.device), "precision": self.modules["agent"].precision, "python": sys.version}
         config |= {module.__name__: module.__version__ for module in (torch, np, gym)}
         (self.directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        phase_steps = args.n_iteration * self.iteration_steps
+        steps = f"{self.total_steps} of {args.total_timesteps} steps fill iterations, {phase_steps} make a phase"
+        first_checkpoint = min(self.total_steps, args.checkpoint_interval * phase_steps) or "none"
+        say(f"writing to {self.directory}: {steps}; step of the first checkpoint: {first_checkpoint}")
+        if args.track:
+            try:
+                import wandb
+
+                name = self.directory.resolve().name
+                names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "id": name, "name": name}
+                options = {"dir": self.directory, "resume": "allow", "save_code": True, "config": vars(args)}
+                self.wandb = wandb.init(**names, **options)
+                self.wandb.define_metric("*", step_metric="global_step")
+            except Exception as error:  # noqa: BLE001 (no login, no network, no wandb: the run goes on)
+                say(f"wandb refused ({error}): going on without it; {self.rows.name} has all metrics")
 
     def restore(self, saved: dict) -> None:
         """Everything as it was at the checkpoint; rows after it are dropped, for they come again."""
@@ -915,36 +904,14 @@ class Run(AbstractContextManager):
         if RANK == 0:
             self.rows.seek(0)
             rows = self.rows.readlines()
-            earlier = []
-            for row in rows:
-                if not row.endswith("}\n") or json.loads(row)["iteration"] > self.iteration:
-                    break  # half a row, or one that comes again
-                earlier.append(row)
-            self.rows.truncate(len("".join(earlier)))
+            earlier = [row for row in rows if row.endswith("}\n") and json.loads(row)["iteration"] <= self.iteration]
+            self.rows.truncate(0)
+            self.rows.writelines(earlier)
+            self.rows.flush()
             counts = f"{len(earlier)} of {self.iteration} rows; {len(rows) - len(earlier)} later ones are dropped"
             say(f"going on from step {self.global_step} with {counts}")
-
-    def announce(self) -> None:
-        args = self.args
-        if self.global_step == self.total_steps:
-            say(f"nothing left to do in {self.directory}: its {self.total_steps} steps are made")
-            return
-        phase_steps = args.n_iteration * self.iteration_steps
-        steps = f"{self.total_steps} of {args.total_timesteps} steps fill iterations"
-        checkpoints = f"a checkpoint every {args.checkpoint_interval * phase_steps} steps and at the end"
-        if not args.checkpoint_interval:
-            checkpoints = "no checkpoint"
-        say(f"writing to {self.directory}: {steps}, {phase_steps} make a phase; {checkpoints}")
-        if args.track:
-            try:
-                import wandb
-
-                names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "id": self.wandb_id}
-                options = {"name": self.directory.name, "dir": self.directory, "resume": "allow", "save_code": True}
-                self.wandb = wandb.init(**names, **options, config=vars(args))
-                self.wandb.define_metric("*", step_metric="global_step")
-            except Exception as error:  # noqa: BLE001 (no login, no network, no wandb: the run goes on)
-                say(f"wandb refused ({error}): going on without it; {self.rows.name} has all metrics")
+            if self.global_step >= self.total_steps:
+                say(f"nothing left to do in {self.directory}")
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -1109,9 +1076,8 @@ def evaluate(agent: Agent, args, make_envs: Callable, device, run_dir: Path, ste
             envs = make_envs(args, num_envs=min(args.num_envs, args.eval_episodes), num_levels=num_levels)
             returns = play(agent, envs, args.eval_episodes, args.seed + 10**6, device)
             metrics[f"{name}_return"] = returns.mean()
-            metrics[f"{name}_standard_error"] = None
-            if len(returns) > 1:
-                metrics[f"{name}_standard_error"] = returns.std(ddof=1) / len(returns) ** 0.5
+            error = returns.std(ddof=1) / len(returns) ** 0.5 if len(returns) > 1 else None
+            metrics[f"{name}_standard_error"] = error
             metrics[f"{name}_normalized_return"] = normalized_return(args, returns.mean())
         if args.num_levels:
             metrics["gap"] = metrics["train_levels_return"] - metrics["all_levels_return"]
