@@ -9,7 +9,7 @@ Algorithm 1 of the paper, and the function that does it:
         for iteration = 1 .. N_pi                                              (policy phase)
             perform rollouts under the current policy pi                       collect_rollout
             compute the value targets and the advantages                       compute_gae
-            E_pi epochs of L_clip + beta_S S[pi], E_V epochs of L_value        policy_phase_update
+            E_pi epochs of L_clip + beta_S S[pi], E_V epochs of L_value        policy_update
         store pi_old(. | s) for every state s of the phase                     auxiliary_phase
         E_aux epochs of L_joint = L_aux + beta_clone KL[pi_old, pi], L_value   auxiliary_phase
 
@@ -19,8 +19,8 @@ The lesson ends with `train`; below it stands what makes it practical. Run `pyth
 PPO is `--arch shared --e-policy 3 --e-value 3 --e-auxiliary 0`; `--help` lists all flags.
 
 Departures from the paper (P) and the original code (O), github.com/openai/phasic-policy-gradient:
- 1. O: under --arch detach the value loss of the auxiliary phase reaches the trunk, as in P; O stops it always.
- 2. P: rewards are divided by the standard deviation of a return with discount 0.99, not gamma, and clipped, as
+ 1. O: under --arch detach the auxiliary phase's value loss reaches the trunk, as in P; O stops it always.
+ 2. P: rewards are divided by the standard deviation of a return of discount 0.99, not gamma, and clipped, as
     in O. Over several processes the returns are pooled; O averages the variances of the processes.
  3. P: initial weights are rescaled to fixed norms; advantages are normalised over the rollout; as in O.
  4. P: minibatches are whole segments; one Adam takes both losses if E_pi = E_V, else value epochs come first;
@@ -142,7 +142,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--total-timesteps", type=count, default=25_000_000, help="steps of all processes together")
 
     add = parser.add_argument_group("policy phase").add_argument
-    add("--arch", choices=("dual", "detach", "shared"), default="dual", help="PPG's two networks; its one; PPO's one")
+    add("--arch", choices=("dual", "detach", "shared"), default="dual", help="two networks; one; PPO's one")
     add("--num-steps", type=count, default=256, help="T: steps of a rollout")
     add("--n-iteration", type=count, default=32, help="N_pi: policy iterations per phase")
     add("--e-policy", type=count, default=1, help="E_pi: policy epochs per iteration")
@@ -170,9 +170,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--num-aux-rollouts", type=count, default=4, help="segments (T steps each) in a minibatch")
 
     add = parser.add_argument_group("system").add_argument
-    add("--precision", choices=("auto", "bf16", "bf16-aux", "fp32"), default="auto", help="where bfloat16 is used")
+    add("--precision", choices=("auto", "bf16", "bf16-aux", "fp32"), default="auto", help="uses of bfloat16")
     add("--steps-per-pass", type=count_or_0, default=0, help="bounds the memory of activations; 0 = auto")
-    add("--aux-buffer-device", choices=("auto", "cpu", "cuda"), default="auto", help="of a phase's observations")
+    add("--aux-buffer-device", choices=("auto", "cpu", "cuda"), default="auto", help="home of observations")
 
     args = parser.parse_args(argv)
     args.command_line = [sys.argv[0], *(sys.argv[1:] if argv is None else argv)]
@@ -221,7 +221,7 @@ def impala_trunk(image_shape: tuple[int, int, int], num_features: int) -> nn.Seq
     return nn.Sequential(*layers, nn.Flatten(), nn.ReLU(), dense, nn.ReLU())
 
 
-class AgentOutput(NamedTuple):  # all float32; None where it was not asked for
+class Output(NamedTuple):  # all float32; None where it was not asked for
     logits: Tensor | None  # [B, A]: of the policy
     aux_values: Tensor | None  # [B]: of the auxiliary value head, on the policy's trunk
     values: Tensor | None  # [B]: of the value head
@@ -244,7 +244,7 @@ class Agent(nn.Module):
         self.aux_value_head = normed(nn.Linear(num_features, 1), 0.1)
         self.to(memory_format=torch.channels_last)
 
-    def forward(self, obs: Tensor, *, auxiliary_phase=False, with_policy=True, with_value=True) -> AgentOutput:
+    def forward(self, obs: Tensor, *, auxiliary_phase=False, with_policy=True, with_value=True) -> Output:
         """obs [B, H, W, C] uint8. Computes only what the requested outputs need."""
         bf16 = self.precision == "bf16" or (self.precision == "bf16-aux" and auxiliary_phase)
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=bf16):
@@ -264,7 +264,7 @@ class Agent(nn.Module):
             if self.arch == "detach" and not auxiliary_phase:
                 value_features = policy_features.detach()  # not so in the auxiliary phase: departure 1
             values = self.value_head(value_features).squeeze(-1)
-        return AgentOutput(logits, aux_values, values)
+        return Output(logits, aux_values, values)
 
 
 # ---- environments ----------------------------------------------------------------------------------
@@ -278,6 +278,8 @@ class ProcgenVecEnv(gym.vector.VectorEnv):
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
         self.simulator = ProcgenGym3Env(**self.options, rand_seed=seed)
+        self.get_state = self.simulator.get_state
+        self.set_state = self.simulator.set_state
         if self.film:
             self.simulator = VideoRecorderWrapper(self.simulator, info_key="rgb", **self.film)
         return self.simulator.observe()[1]["rgb"], {}
@@ -286,12 +288,6 @@ class ProcgenVecEnv(gym.vector.VectorEnv):
         self.simulator.act(np.asarray(actions))
         rewards, obs, terminated = self.simulator.observe()
         return obs["rgb"], rewards, terminated, np.zeros_like(terminated), {}
-
-    def get_state(self) -> list[bytes]:
-        return self.simulator.get_state()
-
-    def set_state(self, state: list[bytes]) -> None:
-        self.simulator.set_state(state)
 
 
 def make_envs(args: argparse.Namespace, *, num_envs: int, num_levels: int, film: dict | None = None):
@@ -338,7 +334,7 @@ class RewardNormalizer(nn.Module):
         self.gamma = gamma
         self.clip = clip
         self.register_buffer("returns", torch.zeros(num_envs, dtype=torch.float64))  # R_{t-1} of this process
-        # Of all R_t of all processes: their number, sum and sum of squares, as if 1e-4 of them had variance 1.
+        # Of all R_t of all processes: number, sum and sum of squares, as if 1e-4 of them had variance 1.
         self.register_buffer("sums", torch.tensor([1e-4, 0, 1e-4], dtype=torch.float64))
 
     def forward(self, rewards: Tensor, firsts: Tensor) -> Tensor:
@@ -431,7 +427,7 @@ def collect_rollout(agent: Agent, tracker: EpisodeTracker, observations: Tensor,
 
 
 def optimizer_step(optimizer, loss_function: Callable, passes: Iterable, max_grad_norm: float = 0) -> list:
-    """A step on the mean loss of a minibatch; `passes`: its parts, (share of it, batch). Returns their metrics."""
+    """A step on a minibatch's mean loss; `passes`: its parts, (share of it, batch). Returns their metrics."""
     metrics_of_passes = []
     optimizer.zero_grad()
     for share, batch in passes:
@@ -455,7 +451,7 @@ def losses_of_epochs(args: argparse.Namespace) -> list[str]:
     return ["value"] * args.e_value + ["policy"] * args.e_policy
 
 
-def policy_phase_loss(batch: dict, *, agent: Agent, losses: str, args: argparse.Namespace) -> tuple[Tensor, dict]:
+def policy_phase_loss(batch: dict, *, agent: Agent, losses: str, args) -> tuple[Tensor, dict]:
     """The loss of an epoch, and metrics. losses: "policy", "value" or "policy_and_value"."""
     learn_policy = losses != "value"
     learn_value = losses != "policy"
@@ -479,8 +475,8 @@ def policy_phase_loss(batch: dict, *, agent: Agent, losses: str, args: argparse.
     return loss, metrics
 
 
-def policy_phase_update(
-    agent: Agent, optimizers: dict, rollout: Rollout, advantages: Tensor, targets: Tensor, args, steps_per_pass: int
+def policy_update(
+    agent: Agent, optimizers, rollout: Rollout, advantages: Tensor, targets: Tensor, args, steps_per_pass: int
 ) -> dict[str, float]:
     """The epochs of one iteration over its rollout; advantages and value targets [N, T]. Returns metrics."""
     mean, variance = mean_and_variance(global_sums(advantages))
@@ -525,9 +521,9 @@ def auxiliary_phase_loss(batch: dict, *, agent: Agent, args: argparse.Namespace)
 
 
 def auxiliary_phase(
-    agent: Agent, optimizer, observations: Tensor, targets: Tensor, args: argparse.Namespace, steps_per_pass: int
+    agent: Agent, optimizer, observations: Tensor, targets: Tensor, args, steps_per_pass: int
 ) -> dict[str, float]:
-    """The epochs over all segments of a phase: observations [S, T, H, W, C], targets [S, T]. Returns metrics."""
+    """The epochs over a phase's segments: observations [S, T, H, W, C], targets [S, T]. Returns metrics."""
     num_segments, num_steps = targets.shape
     data = {"obs": observations, "targets": targets}
     # In the precision and batch size of the updates, so that the first KL is 0.
@@ -540,7 +536,8 @@ def auxiliary_phase(
     metrics = []
     loss_function = partial(auxiliary_phase_loss, agent=agent, args=args)
     epochs = torch.cat([torch.randperm(num_segments) for _ in range(args.e_auxiliary)])
-    for minibatch in show_progress(epochs.split(args.num_aux_rollouts), desc="auxiliary phase: ", unit="update"):
+    minibatches = epochs.split(args.num_aux_rollouts)
+    for minibatch in show_progress(minibatches, desc="auxiliary phase: ", unit="update"):
         passes = batches(data, minibatch, steps_per_pass, targets.device)
         metrics += optimizer_step(optimizer, loss_function, passes)
     return mean_metrics(metrics)
@@ -564,7 +561,7 @@ def train(args: argparse.Namespace, make_envs: Callable = make_envs) -> dict:
     num_iterations = args.total_timesteps // (args.num_envs * args.num_steps * WORLD_SIZE)
     num_rollouts = min(args.n_iteration, num_iterations) if args.e_auxiliary else 1  # PPO keeps one
     observations = allocate_observations(num_rollouts, envs.single_observation_space.shape, device, args)
-    steps_per_pass = args.steps_per_pass or choose_steps_per_pass(device)
+    pass_steps = args.steps_per_pass or choose_steps_per_pass(device)
 
     with Run(args, modules, modules_per_process, tracker, device) as run:
         while run.iteration < num_iterations:
@@ -588,13 +585,13 @@ def train(args: argparse.Namespace, make_envs: Callable = make_envs) -> dict:
                     advantages = advantages.to(device)
                     targets = targets.to(device)
                     phase_targets.append(targets)
-                    metrics = policy_phase_update(agent, optimizers, rollout, advantages, targets, args, steps_per_pass)
+                    metrics = policy_update(agent, optimizers, rollout, advantages, targets, args, pass_steps)
                 metrics["charts/learning_rate"] = lr_fraction * args.learning_rate
                 run.log_iteration(metrics, rollout.episodes)
             if args.e_auxiliary and phase_iterations == args.n_iteration:
                 with run.timed("auxiliary_phase"):
                     segments = (observations.flatten(0, 1), torch.cat(phase_targets))
-                    metrics = auxiliary_phase(agent, optimizers["auxiliary"], *segments, args, steps_per_pass)
+                    metrics = auxiliary_phase(agent, optimizers["auxiliary"], *segments, args, pass_steps)
                 run.log(metrics)
             run.end_phase(make_envs)  # evaluation, film, checkpoint: what is due
         return run.finish()
@@ -602,7 +599,7 @@ def train(args: argparse.Namespace, make_envs: Callable = make_envs) -> dict:
 
 # ---- below the lesson: minibatches, processes, devices ---------------------------------------------
 def batches(data: dict, segments: Tensor, steps_per_pass: int, device) -> Iterator[tuple[float, dict]]:
-    """Copies the chosen segments [k] of each [S, T, ...] in `data` to the device, [B, ...], B <= steps_per_pass.
+    """Copies chosen segments [k] of each [S, T, ...] in `data` to the device, [B, ...], B <= steps_per_pass.
 
     Yields each batch after its share of all k x T steps.
     """
@@ -727,7 +724,7 @@ def choose_steps_per_pass(device: torch.device) -> int:
 
 # ---- below the lesson: the flags of a run, its directory, checkpoints, progress --------------------
 CHECKPOINT_FORMAT = 2
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
+NO_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 FREE_FLAGS = (  # those that do not change what is learned: they may differ beside --resume and --evaluate
     "resume", "evaluate", "command_line", "total_timesteps", "cuda", "track", "wandb_project_name",
     "wandb_entity", "capture_video", "runs_dir", "checkpoint_interval", "eval_interval", "eval_episodes",
@@ -758,7 +755,7 @@ def load_checkpoint(run_dir: str) -> dict:
 
 
 def with_flags_of_run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The flags of the run that --resume or --evaluate names, and those given beside it where they may differ."""
+    """The flags of the run that --resume or --evaluate names, with those beside it that may differ."""
     flag = "evaluate" if args.resume is None else "resume"
     run_dir = str(Path(getattr(args, flag).removesuffix("checkpoint.pt")))
     saved = load_checkpoint(run_dir)
@@ -771,7 +768,7 @@ def with_flags_of_run(args: argparse.Namespace, parser: argparse.ArgumentParser)
     free = FREE_FLAGS if flag == "resume" else (*FREE_FLAGS, "seed")
     for name, value in saved["args"].items():
         if name not in free and getattr(flags, name) != value:
-            fail(f"leave out --{name.replace('_', '-')}: it would change the run in {run_dir}, which has {value}")
+            fail(f"leave out --{name.replace('_', '-')}: the run in {run_dir} has {value}")
     processes = len(saved["processes"])
     steps = saved["run"]["global_step"]
     if flag == "resume" and (WORLD_SIZE != processes or flags.total_timesteps < steps):
@@ -809,6 +806,7 @@ class Run(AbstractContextManager):
     """What a run counts, shows and writes, by rank 0 alone, to a directory that it keeps locked."""
 
     SAVED = ("phase", "iteration", "global_step", "episodes", "recent", "charts", "seconds")
+    PHASES = ("rollout", "policy_phase", "auxiliary_phase")
 
     def __init__(self, args, modules: dict, modules_per_process: dict, tracker: EpisodeTracker, device):
         self.args = args
@@ -822,7 +820,7 @@ class Run(AbstractContextManager):
         self.episodes = 0
         self.recent = []  # return and length of the last 100 episodes
         self.charts = dict.fromkeys(("episodic_return", "episodic_length", "normalized_return", "SPS"))
-        self.seconds = dict.fromkeys(("rollout", "policy_phase", "auxiliary_phase", "evaluation", "total"), 0.0)
+        self.seconds = dict.fromkeys((*self.PHASES, "evaluation", "total"), 0.0)
         self.iteration_steps = args.num_envs * args.num_steps * WORLD_SIZE
         self.total_steps = args.total_timesteps // self.iteration_steps * self.iteration_steps
         self.row = {}  # of the iteration that is under way
@@ -840,7 +838,7 @@ class Run(AbstractContextManager):
         self.bar = show_progress(total=self.total_steps, initial=self.global_step, unit="step")
 
     def __exit__(self, kind, error, traceback) -> None:
-        if RANK == 0 and (kind is KeyboardInterrupt or getattr(error, "errno", None) in DISK_ERRORS):
+        if RANK == 0 and (kind is KeyboardInterrupt or getattr(error, "errno", None) in NO_DISK):
             say(f"stopped at step {self.global_step}; {self.advice()}")
         self.write_row()
         self.bar.close()
@@ -852,7 +850,8 @@ class Run(AbstractContextManager):
 
     def open_directory(self) -> None:
         args = self.args
-        self.directory = Path(args.runs_dir, f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
+        name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
+        self.directory = Path(args.runs_dir, name)
         if args.resume is None:
             self.directory.mkdir(parents=True)  # refuses one that another run has made in this second
             shutil.copy(__file__, self.directory)
@@ -867,21 +866,22 @@ class Run(AbstractContextManager):
         git = f"git -C {shlex.quote(str(Path(__file__).parent))} describe --always --dirty --abbrev=40"
         status, commit = subprocess.getstatusoutput(git)
         config = {"flags": vars(args), "commit": None if status else commit, "processes": WORLD_SIZE}
-        config |= {"device": str(self.device), "precision": self.modules["agent"].precision, "python": sys.version}
-        config |= {module.__name__: module.__version__ for module in (torch, np, gym)}
+        config |= {"device": str(self.device), "precision": self.modules["agent"].precision}
+        config |= {lib.__name__: lib.__version__ for lib in (torch, np, gym)} | {"python": sys.version}
         (self.directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         phase_steps = args.n_iteration * self.iteration_steps
-        steps = f"{self.total_steps} of {args.total_timesteps} steps fill iterations, {phase_steps} make a phase"
+        steps = f"{self.total_steps} of {args.total_timesteps} steps fill iterations"
         first_checkpoint = min(self.total_steps, args.checkpoint_interval * phase_steps) or "none"
-        say(f"writing to {self.directory}: {steps}; step of the first checkpoint: {first_checkpoint}")
+        phases = f"{phase_steps} make a phase; step of the first checkpoint: {first_checkpoint}"
+        say(f"writing to {self.directory}: {steps}, {phases}")
         if args.track:
             try:
                 import wandb
 
                 name = self.directory.resolve().name
-                names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "id": name, "name": name}
+                names = {"project": args.wandb_project_name, "entity": args.wandb_entity}
                 options = {"dir": self.directory, "resume": "allow", "save_code": True, "config": vars(args)}
-                self.wandb = wandb.init(**names, **options)
+                self.wandb = wandb.init(**names, **options, id=name, name=name)
                 self.wandb.define_metric("*", step_metric="global_step")
             except Exception as error:  # noqa: BLE001 (no login, no network, no wandb: the run goes on)
                 say(f"wandb refused ({error}): going on without it; {self.rows.name} has all metrics")
@@ -904,11 +904,12 @@ class Run(AbstractContextManager):
         if RANK == 0:
             self.rows.seek(0)
             rows = self.rows.readlines()
-            earlier = [row for row in rows if row.endswith("}\n") and json.loads(row)["iteration"] <= self.iteration]
+            complete = [row for row in rows if row.endswith("}\n")]
+            past = [row for row in complete if json.loads(row)["iteration"] <= self.iteration]
             self.rows.truncate(0)
-            self.rows.writelines(earlier)
+            self.rows.writelines(past)
             self.rows.flush()
-            counts = f"{len(earlier)} of {self.iteration} rows; {len(rows) - len(earlier)} later ones are dropped"
+            counts = f"{len(past)} of {self.iteration} rows; {len(rows) - len(past)} later ones are dropped"
             say(f"going on from step {self.global_step} with {counts}")
             if self.global_step >= self.total_steps:
                 say(f"nothing left to do in {self.directory}")
@@ -947,8 +948,7 @@ class Run(AbstractContextManager):
         self.times = {}
         self.seconds["total"] = time.perf_counter() - self.started
         self.charts["SPS"] = self.global_step / (self.seconds["total"] - self.seconds["evaluation"])
-        phases = ("rollout", "policy_phase", "auxiliary_phase")
-        iteration_seconds = sum(self.row.get(f"time/{name}", 0) for name in phases)
+        iteration_seconds = sum(self.row.get(f"time/{name}", 0) for name in self.PHASES)
         self.row |= {f"charts/{name}": value for name, value in self.charts.items()}
         self.row["charts/SPS_iteration"] = self.iteration_steps / iteration_seconds
         self.row["time/total"] = self.seconds["total"]
@@ -975,14 +975,15 @@ class Run(AbstractContextManager):
         finite = [parameter.isfinite().all() for parameter in agent.parameters()]
         if not torch.stack(finite).all():
             self.stop_diverged("a weight is not finite")
+        state = (agent, args, make_envs, self.device, self.directory, self.global_step)
         try:
             if RANK == 0:
                 results = {}
                 with self.timed("evaluation"):
                     if args.eval_interval and self.phase % args.eval_interval == 0:
-                        results = evaluate(agent, args, make_envs, self.device, self.directory, self.global_step)
+                        results = evaluate(*state)
                     if args.capture_video:
-                        record_video(agent, args, make_envs, self.device, self.directory, self.global_step)
+                        record_video(*state)
                 self.log({f"eval/{name}": value for name, value in results.items()})
         finally:  # an evaluation that fails does not lose the phase
             self.write_row()
@@ -1023,12 +1024,12 @@ class Run(AbstractContextManager):
         command = self.args.command_line  # of a resumed run: it can be given once more
         if self.args.resume is None:
             command = [command[0], "--resume", str(self.directory)]
-        launcher = ["torchrun", "--nproc-per-node", str(LOCAL_WORLD_SIZE)] if WORLD_SIZE > 1 else ["python"]
-        return f"to go on from the checkpoint of step {self.checkpoint_step}: {shlex.join(launcher + command)}"
+        launch = ["torchrun", "--nproc-per-node", str(LOCAL_WORLD_SIZE)] if WORLD_SIZE > 1 else ["python"]
+        return f"to go on from the checkpoint of step {self.checkpoint_step}: {shlex.join(launch + command)}"
 
     def stop_diverged(self, what: str) -> NoReturn:
         remedy = "a resumed run would repeat this; a new one with smaller step sizes may not"
-        fail(f"{what} at step {self.global_step}: {remedy}; the last checkpoint is of step {self.checkpoint_step}", 1)
+        fail(f"{what} at step {self.global_step}: {remedy}; weights kept: of step {self.checkpoint_step}", 1)
 
     def finish(self) -> dict:
         """Writes summary.json and returns what is in it."""
@@ -1068,11 +1069,9 @@ def play(agent: Agent, envs: gym.vector.VectorEnv, episodes: int, seed: int, dev
 def evaluate(agent: Agent, args, make_envs: Callable, device, run_dir: Path, step: int) -> dict:
     """Plays --eval-episodes on all levels, and on the training levels if these are others."""
     metrics = {}
-    level_sets = {"all_levels": 0}
-    if args.num_levels:
-        level_sets["train_levels"] = args.num_levels
+    level_sets = {args.num_levels: "train_levels", 0: "all_levels"}  # one, if all levels are trained on
     with open(run_dir / "evaluations.jsonl", "a") as file:  # opened first: what cannot be kept is not played
-        for name, num_levels in level_sets.items():
+        for num_levels, name in level_sets.items():
             envs = make_envs(args, num_envs=min(args.num_envs, args.eval_episodes), num_levels=num_levels)
             returns = play(agent, envs, args.eval_episodes, args.seed + 10**6, device)
             metrics[f"{name}_return"] = returns.mean()
@@ -1110,7 +1109,8 @@ def main(argv: list[str] | None = None) -> None:
             device, precision = start_process(args)
             saved = load_checkpoint(args.evaluate)
             envs = make_envs(args, num_envs=1, num_levels=0)
-            agent = Agent(envs.single_observation_space, envs.single_action_space, args.arch, precision).to(device)
+            spaces = (envs.single_observation_space, envs.single_action_space)
+            agent = Agent(*spaces, args.arch, precision).to(device)
             agent.load_state_dict(saved["modules"]["agent"])
             run_dir = Path(args.evaluate)
             step = saved["run"]["global_step"]
@@ -1120,7 +1120,7 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except OSError as error:
-        if error.errno not in DISK_ERRORS:
+        if error.errno not in NO_DISK:
             raise
         fail(str(error), 1)
     if dist.is_initialized():

@@ -241,7 +241,7 @@ def spy(monkeypatch, name, note):
     return notes
 
 
-def at_call(monkeypatch, number, action, name="policy_phase_update"):
+def at_call(monkeypatch, number, action, name="policy_update"):
     """Has this call of ppg.<name> end with action(agent, result), or with an error."""
 
     def note(arguments, result):
@@ -439,7 +439,7 @@ def test_precision_of_each_phase(tmp_path, monkeypatch, arch, precision):
     obs = torch.zeros(2, 4, 64, 64, 3, dtype=torch.uint8)
     rollout = ppg.collect_rollout(agent, ppg.EpisodeTracker(Signpost(2), 1), obs, CPU)
     dtypes.append(set())
-    ppg.policy_phase_update(agent, adams(agent), rollout, torch.randn(2, 4), torch.randn(2, 4), args, 512)
+    ppg.policy_update(agent, adams(agent), rollout, torch.randn(2, 4), torch.randn(2, 4), args, 512)
     dtypes.append(set())
     ppg.auxiliary_phase(agent, adams(agent)["policy"], obs, torch.randn(2, 4), args, 512)
     in_bf16 = {"fp32": 0, "bf16-aux": 1, "bf16": 3}[precision]
@@ -557,7 +557,7 @@ def test_updates_match_a_loop_over_samples(tmp_path, arch, clip_coef, kl_coef):
     trained = copy.deepcopy(agent)
     sgd = torch.optim.SGD(trained.parameters(), 0.05)
     data = rollout, advantages, targets, args, 512
-    metrics = ppg.policy_phase_update(trained, {"policy_and_value": sgd}, *data)
+    metrics = ppg.policy_update(trained, {"policy_and_value": sgd}, *data)
     expected, means = two_slow_updates(agent, policy_losses, [1, -0.3, 1])
     assert_same_change(weights(trained), weights(expected), weights(agent))
     found = [metrics[f"losses/{name}"] for name in ("policy_loss", "entropy", "value_loss")]
@@ -580,7 +580,7 @@ def test_policy_epochs(tmp_path, monkeypatch, e_policy, e_value):
     agent = make_agent("dual")
     optimizers = adams(agent)
     args = make_args(tmp_path, "--num-envs", 8, "--num-minibatches", 4, "--e-policy", e_policy, "--e-value", e_value)
-    ppg.policy_phase_update(agent, optimizers, random_rollout(agent, 8, 2), *torch.randn(2, 8, 2), args, 512)
+    ppg.policy_update(agent, optimizers, random_rollout(agent, 8, 2), *torch.randn(2, 8, 2), args, 512)
     schedule = ["policy_and_value"] * e_policy
     if e_policy != e_value:
         schedule = ["value"] * e_value + ["policy"] * e_policy
@@ -606,7 +606,7 @@ def test_target_kl_ends_the_policy_epochs(tmp_path, monkeypatch, e_value, target
     steps = spy(monkeypatch, "optimizer_step", lambda a, _: None)
     agent = make_agent("shared")
     args = make_args(tmp_path, "--e-policy", 5, "--e-value", e_value, "--target-kl", target_kl)
-    ppg.policy_phase_update(agent, adams(agent), random_rollout(agent, 4, 1), *torch.randn(2, 4, 1), args, 512)
+    ppg.policy_update(agent, adams(agent), random_rollout(agent, 4, 1), *torch.randn(2, 4, 1), args, 512)
     assert len(steps) == updates  # two an epoch; all of 3 value epochs run
 
 
@@ -713,7 +713,7 @@ def test_original_policy_updates(example):
     names = [f"losses/{name}" for name in ("policy_loss", "entropy", "value_loss", "clipfrac")]
     parts = (agent.policy_trunk, agent.value_trunk, agent.policy_head, agent.value_head)
     for losses, norms in zip(ORIGINAL_POLICY_LOSSES, ORIGINAL_GRADIENT_NORMS):
-        metrics = ppg.policy_phase_update(agent, {"policy_and_value": example.adam}, *data)
+        metrics = ppg.policy_update(agent, {"policy_and_value": example.adam}, *data)
         assert [metrics[name] for name in names] == pytest.approx(losses, rel=1e-4)
         layer_norms = [[layer.weight.grad.norm().item() for layer in layers_of(part)] for part in parts]
         found = [layer_norms[0][0], layer_norms[1][0], *(math.hypot(*norms) for norms in layer_norms)]
@@ -721,7 +721,7 @@ def test_original_policy_updates(example):
     example.args.clip_coef = 0
     losses = []
     for example.args.kl_coef in (1, 0):
-        metrics = ppg.policy_phase_update(agent, {"policy_and_value": torch.optim.SGD(agent.parameters(), 0.0)}, *data)
+        metrics = ppg.policy_update(agent, {"policy_and_value": torch.optim.SGD(agent.parameters(), 0.0)}, *data)
         losses.append(metrics["losses/policy_loss"] - 0.01 * metrics["losses/entropy"])
     assert (losses[0], losses[0] - losses[1]) == pytest.approx((397.4871, 397.5733), rel=1e-4)  # all, penalty
 
@@ -749,7 +749,7 @@ def run_update(agent, optimizer, data, args, steps_per_pass=512, auxiliary=False
         metrics = ppg.auxiliary_phase(agent, optimizer, rollout.observations, targets, args, steps_per_pass)
     else:
         optimizers = dict.fromkeys(("policy_and_value", "value", "policy"), optimizer)
-        metrics = ppg.policy_phase_update(agent, optimizers, rollout, advantages, targets, args, steps_per_pass)
+        metrics = ppg.policy_update(agent, optimizers, rollout, advantages, targets, args, steps_per_pass)
     return weights(agent), metrics
 
 
@@ -842,7 +842,7 @@ def test_the_phases_get_the_right_data(tmp_path, monkeypatch, clip):
     rollouts = spy(monkeypatch, "collect_rollout", lambda _, rollout: copy.deepcopy(rollout))
     seeds = spy(monkeypatch, "collect_rollout", lambda *_: torch.initial_seed())
     gaes = spy(monkeypatch, "compute_gae", lambda a, result: (dict(a), *result))
-    updates = spy(monkeypatch, "policy_phase_update", lambda a, _: (a["rollout"], a["advantages"], a["targets"]))
+    updates = spy(monkeypatch, "policy_update", lambda a, _: (a["rollout"], a["advantages"], a["targets"]))
     phases = spy(monkeypatch, "auxiliary_phase", lambda a, _: (a["observations"].clone(), a["targets"].clone()))
     flags = ("--gamma", 0.9, "--gae-lambda", 0.8, "--reward-norm-gamma", 0.7, "--reward-clip", clip)
     ppg.train(make_args(tmp_path, *flags, *SMALL), signposts)
@@ -929,7 +929,7 @@ def test_stopped_at_any_moment_it_is_the_uninterrupted_run(tmp_path):
 
 @pytest.mark.parametrize(("flags", "count", "where", "call"), [
     ("--arch dual --e-value 2 --anneal-lr --num-levels 3 --start-level 7", 2, "auxiliary_phase", 2),
-    (shlex.join(map(str, PPO)), 2, "policy_phase_update", 4), ("--checkpoint-interval 2", 4, "collect_rollout", 8),
+    (shlex.join(map(str, PPO)), 2, "policy_update", 4), ("--checkpoint-interval 2", 4, "collect_rollout", 8),
 ])  # fmt: skip
 def test_stopped_within_a_phase_it_is_the_uninterrupted_run(tmp_path, monkeypatch, flags, count, where, call):
     """All optimisers, the annealing, the levels and the rows are those of the last checkpoint when a run goes on."""
@@ -1275,8 +1275,8 @@ def test_what_a_run_writes(tmp_path, monkeypatch, capsys, wandb):
     losses = spy(monkeypatch, "policy_loss", lambda _, result: result[0].item())
     kls = spy(monkeypatch, "kl_divergence", lambda _, result: result.mean().item())
     configs = spy(monkeypatch, "collect_rollout", lambda *_: (only_run(tmp_path) / "config.json").read_text())
-    real = ppg.policy_phase_update
-    monkeypatch.setattr(ppg, "policy_phase_update", lambda *args: real(*args) | {"my/metric": torch.tensor(2.5)})
+    real = ppg.policy_update
+    monkeypatch.setattr(ppg, "policy_update", lambda *args: real(*args) | {"my/metric": torch.tensor(2.5)})
     # 5 iterations of 4 x 8 steps and 20 steps more: two full phases of 2, and one of 1.
     args = make_args(tmp_path, "--total-timesteps", 180, "--e-policy", 2, "--e-auxiliary", 1, "--track")
     returned = ppg.train(args, signposts)
@@ -1342,7 +1342,7 @@ def test_rows_are_cut_by_iteration(copied, capsys, complete, half, dropped, miss
 
 
 FILE_SIZE = ppg.resource.RLIMIT_FSIZE  # beyond it the system refuses to write: a full disk
-UPDATE, AUXILIARY = "policy_phase_update", "auxiliary_phase"
+UPDATE, AUXILIARY = "policy_update", "auxiliary_phase"
 NAN = lambda agent, metrics: metrics.update(dict.fromkeys(metrics, math.nan))
 
 
@@ -1593,7 +1593,7 @@ def after_both_updates(rollout, args):
     torch.manual_seed(1)
     advantages, targets = torch.randn(2, args.num_envs, args.num_steps).to(device)
     sgd = torch.optim.SGD(agent.parameters(), 0.003)  # Adam would enlarge the rounding of gradients near 0
-    metrics = ppg.policy_phase_update(agent, {"policy_and_value": sgd}, rollout, advantages, targets, args, 16)
+    metrics = ppg.policy_update(agent, {"policy_and_value": sgd}, rollout, advantages, targets, args, 16)
     metrics |= ppg.auxiliary_phase(agent, sgd, buffer[0], targets, args, 16)
     return buffer, weights(agent).cpu(), metrics
 
@@ -1731,7 +1731,7 @@ def busy_seconds(flags):
         return result
 
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as runs_dir:
-        for part, name in zip(PARTS, ("collect_rollout", "policy_phase_update", "auxiliary_phase")):
+        for part, name in zip(PARTS, ("collect_rollout", "policy_update", "auxiliary_phase")):
             patch.setattr(ppg, name, ppg.partial(profiled, part, getattr(ppg, name)))
         ppg.train(ppg.parse_args([*map(str, flags), "--runs-dir", runs_dir]))
     return seconds
