@@ -42,7 +42,6 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 import argparse
 import ctypes
 import difflib
-import errno
 import io
 import json
 import math
@@ -56,6 +55,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import timedelta
+from errno import EACCES, EDQUOT, EEXIST, EFBIG, ENOSPC, ENOTDIR, EROFS
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -724,7 +724,7 @@ def choose_steps_per_pass(device: torch.device) -> int:
 
 # ---- below the lesson: the flags of a run, its directory, checkpoints, progress --------------------
 CHECKPOINT_FORMAT = 2
-NO_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
+DISK_ERRORS = (ENOSPC, EDQUOT, EFBIG, EACCES, EROFS, ENOTDIR, EEXIST)
 FREE_FLAGS = (  # those that do not change what is learned: they may differ beside --resume and --evaluate
     "resume", "evaluate", "command_line", "total_timesteps", "cuda", "track", "wandb_project_name",
     "wandb_entity", "capture_video", "runs_dir", "checkpoint_interval", "eval_interval", "eval_episodes",
@@ -838,7 +838,7 @@ class Run(AbstractContextManager):
         self.bar = show_progress(total=self.total_steps, initial=self.global_step, unit="step")
 
     def __exit__(self, kind, error, traceback) -> None:
-        if RANK == 0 and (kind is KeyboardInterrupt or getattr(error, "errno", None) in NO_DISK):
+        if RANK == 0 and (kind is KeyboardInterrupt or getattr(error, "errno", None) in DISK_ERRORS):
             say(f"stopped at step {self.global_step}; {self.advice()}")
         self.write_row()
         self.bar.close()
@@ -975,15 +975,15 @@ class Run(AbstractContextManager):
         finite = [parameter.isfinite().all() for parameter in agent.parameters()]
         if not torch.stack(finite).all():
             self.stop_diverged("a weight is not finite")
-        state = (agent, args, make_envs, self.device, self.directory, self.global_step)
         try:
             if RANK == 0:
                 results = {}
+                arguments = (agent, args, make_envs, self.device, self.directory, self.global_step)
                 with self.timed("evaluation"):
                     if args.eval_interval and self.phase % args.eval_interval == 0:
-                        results = evaluate(*state)
+                        results = evaluate(*arguments)
                     if args.capture_video:
-                        record_video(*state)
+                        record_video(*arguments)
                 self.log({f"eval/{name}": value for name, value in results.items()})
         finally:  # an evaluation that fails does not lose the phase
             self.write_row()
@@ -1120,7 +1120,7 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except OSError as error:
-        if error.errno not in NO_DISK:
+        if error.errno not in DISK_ERRORS:
             raise
         fail(str(error), 1)
     if dist.is_initialized():
