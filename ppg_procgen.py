@@ -23,39 +23,28 @@ Departures from the paper (P) and the original code (O), github.com/openai/phasi
  2. P: rewards are divided by the standard deviation of a return of discount 0.99, not gamma, and clipped, as
     in O. Over several processes the returns are pooled; O averages the variances of the processes.
  3. P: initial weights are rescaled to fixed norms; advantages are normalised over the rollout; as in O.
- 4. P: minibatches are whole segments; one Adam takes both losses if E_pi = E_V, else value epochs come first;
-    as in O.
+ 4. P: minibatches are whole segments; one Adam takes both losses if E_pi = E_V, else values first; as in O.
  5. P: the penalty of the KL variant is the estimate 0.5 E[log-ratio^2], as in O.
- 6. P, O: trunks run in bfloat16 where that is fast: on a CPU always, on a GPU in the auxiliary phase. Not so
-    with --precision fp32.
+ 6. P, O: trunks run in bfloat16 where that is fast, on a GPU in the auxiliary phase alone (--precision).
  7. O: the number of iterations is rounded down, and every full phase ends with its auxiliary phase; O rounds
     up, and skips the auxiliary phase once the steps are used up.
  8. P, O: minibatches of more than --steps-per-pass steps pass through the network in parts.
 """
 
-import os
-import signal
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C while the imports run: main() takes over
-
 import argparse
 import ctypes
-import difflib
 import io
 import json
 import math
-import re
-import shlex
+import os
 import shutil
-import subprocess
+import signal
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import timedelta
-from errno import EACCES, EDQUOT, EEXIST, EFBIG, ENOSPC, ENOTDIR, EROFS
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -108,15 +97,16 @@ def number(text: str, kind: type = float, low: float = 0, high: float = 2e9) -> 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line (None: the process's own). Bad input ends it with a sentence and exit status 2."""
-    parser = SentenceParser(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    show_defaults = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(allow_abbrev=False, formatter_class=show_defaults)
+    parser.error = fail
     switch = argparse.BooleanOptionalAction
     count = partial(number, kind=int, low=1)
     count_or_0 = partial(number, kind=int)
     fraction = partial(number, high=1)
 
-    run = parser.add_argument_group("run")
-    add = run.add_argument
-    add_source = run.add_mutually_exclusive_group().add_argument
+    add = parser.add_argument_group("run").add_argument
+    add_source = parser.add_mutually_exclusive_group().add_argument
     add("--exp-name", default=Path(__file__).stem, help="a part of the name of the run directory")
     add("--seed", type=count_or_0, default=1, help="seed of network, actions, minibatches and levels")
     add("--torch-deterministic", action=switch, default=True, help="deterministic cuDNN kernels")
@@ -172,12 +162,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("system").add_argument
     add("--precision", choices=("auto", "bf16", "bf16-aux", "fp32"), default="auto", help="uses of bfloat16")
     add("--steps-per-pass", type=count_or_0, default=0, help="bounds the memory of activations; 0 = auto")
-    add("--aux-buffer-device", choices=("auto", "cpu", "cuda"), default="auto", help="home of observations")
+    add("--aux-buffer-device", choices=("auto", "cpu"), default="auto", help="home of observations")
 
     args = parser.parse_args(argv)
-    args.command_line = [sys.argv[0], *(sys.argv[1:] if argv is None else argv)]
     if args.resume is not None or args.evaluate is not None:
-        args = with_flags_of_run(args, parser)
+        args = with_flags_of_run(args, parser, argv)
     iteration_steps = args.num_envs * args.num_steps * WORLD_SIZE
     if args.num_envs % args.num_minibatches:
         parser.error(f"--num-minibatches must divide --num-envs, {args.num_envs}")
@@ -185,8 +174,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--total-timesteps must be at least one rollout, {iteration_steps} steps")
     if args.e_auxiliary and args.num_envs * args.n_iteration % args.num_aux_rollouts:
         parser.error(f"--num-aux-rollouts must divide N x N_pi, {args.num_envs * args.n_iteration}")
-    if args.evaluate and WORLD_SIZE > 1:
-        parser.error("--evaluate runs in one process, without torchrun")
     return args
 
 
@@ -252,6 +239,7 @@ class Agent(nn.Module):
             images = obs.permute(0, 3, 1, 2).to(torch.bfloat16 if bf16 else torch.float32) / 255
             if with_policy or self.arch != "dual":
                 policy_features = self.policy_trunk(images).float()
+                value_features = policy_features
             if with_value and self.arch == "dual":
                 value_features = self.value_trunk(images).float()
         logits = aux_values = values = None
@@ -259,10 +247,8 @@ class Agent(nn.Module):
             logits = self.policy_head(policy_features)
             aux_values = self.aux_value_head(policy_features).squeeze(-1)
         if with_value:
-            if self.arch != "dual":
-                value_features = policy_features
             if self.arch == "detach" and not auxiliary_phase:
-                value_features = policy_features.detach()  # not so in the auxiliary phase: departure 1
+                value_features = value_features.detach()  # not so in the auxiliary phase: departure 1
             values = self.value_head(value_features).squeeze(-1)
         return Output(logits, aux_values, values)
 
@@ -307,6 +293,7 @@ class EpisodeTracker:
     def __init__(self, envs: gym.vector.VectorEnv, seed: int):
         self.envs = envs
         self.obs = torch.from_numpy(envs.reset(seed=seed)[0])  # [N, H, W, C] uint8
+        assert self.obs.dtype == torch.uint8 and self.obs.ndim == 4, "observations must be bytes [N, H, W, C]"
         self.returns = torch.zeros(envs.num_envs, dtype=torch.float64)  # undiscounted, as the game gives them
         self.lengths = torch.zeros(envs.num_envs, dtype=torch.long)  # 0: the observation opens an episode
 
@@ -397,7 +384,7 @@ class Rollout(NamedTuple):  # rewards and firsts are on the host, the rest on th
     values: Tensor  # [N, T+1]: V(s_t)
     rewards: Tensor  # [N, T]: of the step from s_t
     firsts: Tensor  # [N, T+1]: 1 where s_t opens an episode
-    episodes: list[tuple[float, int]]  # return and length of those that ended
+    episodes: list[tuple[int, float, int]]  # step, return and length of those that ended
 
 
 @torch.no_grad()
@@ -414,15 +401,14 @@ def collect_rollout(agent: Agent, tracker: EpisodeTracker, observations: Tensor,
         observations[:, t] = tracker.obs
         firsts[:, t] = tracker.lengths == 0
         output = agent(observations[:, t].to(device))
-        # A diverged policy's NaNs cannot be sampled from. The log-probabilities keep them: the losses tell.
-        action = Categorical(logits=output.logits.nan_to_num()).sample()
-        actions[:, t] = action
-        log_probs[:, t] = Categorical(logits=output.logits).log_prob(action)
+        pi = Categorical(logits=output.logits)
+        actions[:, t] = pi.sample()
+        log_probs[:, t] = pi.log_prob(actions[:, t])
         values[:, t] = output.values
-        rewards[:, t], ended = tracker.step(action)
-        episodes += [(episode_return, length) for _, episode_return, length in ended]
+        rewards[:, t], ended = tracker.step(actions[:, t])
+        episodes += [(t, episode_return, length) for _, episode_return, length in ended]
     firsts[:, -1] = tracker.lengths == 0
-    values[:, -1] = agent(tracker.obs.to(device)).values
+    values[:, -1] = agent(tracker.obs.to(device), with_policy=False).values
     return Rollout(observations, actions, log_probs, values, rewards, firsts, episodes)
 
 
@@ -442,13 +428,6 @@ def optimizer_step(optimizer, loss_function: Callable, passes: Iterable, max_gra
         nn.utils.clip_grad_norm_(parameters, max_grad_norm)
     optimizer.step()
     return metrics_of_passes
-
-
-def losses_of_epochs(args: argparse.Namespace) -> list[str]:
-    """What each epoch of an iteration minimises: both losses at once if E_pi = E_V (departure 4)."""
-    if args.e_policy == args.e_value:
-        return ["policy_and_value"] * args.e_policy
-    return ["value"] * args.e_value + ["policy"] * args.e_policy
 
 
 def policy_phase_loss(batch: dict, *, agent: Agent, losses: str, args) -> tuple[Tensor, dict]:
@@ -475,9 +454,7 @@ def policy_phase_loss(batch: dict, *, agent: Agent, losses: str, args) -> tuple[
     return loss, metrics
 
 
-def policy_update(
-    agent: Agent, optimizers, rollout: Rollout, advantages: Tensor, targets: Tensor, args, steps_per_pass: int
-) -> dict[str, float]:
+def policy_update(agent: Agent, optimizers, rollout, advantages: Tensor, targets: Tensor, args) -> dict:
     """The epochs of one iteration over its rollout; advantages and value targets [N, T]. Returns metrics."""
     mean, variance = mean_and_variance(global_sums(advantages))
     data = {
@@ -488,12 +465,15 @@ def policy_update(
         "targets": targets,
     }
     metrics = []  # (share of a minibatch, metrics) of every pass
-    for losses in losses_of_epochs(args):
+    epochs = ["value"] * args.e_value + ["policy"] * args.e_policy
+    if args.e_policy == args.e_value:  # one Adam takes both losses: departure 4
+        epochs = ["policy_and_value"] * args.e_policy
+    for losses in epochs:
         epoch_metrics = []
         loss_function = partial(policy_phase_loss, agent=agent, losses=losses, args=args)
         # Minibatches are whole environments, not shuffled steps: one contiguous copy each (departure 4).
         for minibatch in torch.randperm(args.num_envs).split(args.num_envs // args.num_minibatches):
-            passes = batches(data, minibatch, steps_per_pass, targets.device)
+            passes = batches(data, minibatch, args.steps_per_pass, targets.device)
             epoch_metrics += optimizer_step(optimizers[losses], loss_function, passes, args.max_grad_norm)
         metrics += epoch_metrics
         checks_kl = args.target_kl is not None and losses != "value"
@@ -520,25 +500,22 @@ def auxiliary_phase_loss(batch: dict, *, agent: Agent, args: argparse.Namespace)
     }
 
 
-def auxiliary_phase(
-    agent: Agent, optimizer, observations: Tensor, targets: Tensor, args, steps_per_pass: int
-) -> dict[str, float]:
+def auxiliary_phase(agent: Agent, optimizer, observations: Tensor, targets: Tensor, args) -> dict[str, float]:
     """The epochs over a phase's segments: observations [S, T, H, W, C], targets [S, T]. Returns metrics."""
     num_segments, num_steps = targets.shape
     data = {"obs": observations, "targets": targets}
-    # In the precision and batch size of the updates, so that the first KL is 0.
-    steps_per_pass = min(steps_per_pass, args.num_aux_rollouts * num_steps)
     old_logits = []
-    with torch.no_grad():
-        for _, batch in batches(data, torch.arange(num_segments), steps_per_pass, targets.device):
-            old_logits.append(agent(batch["obs"], auxiliary_phase=True, with_value=False).logits)
+    with torch.no_grad():  # in the precision and batch size of the updates, so that the first KL is 0
+        for minibatch in torch.arange(num_segments).split(args.num_aux_rollouts):
+            for _, batch in batches(data, minibatch, args.steps_per_pass, targets.device):
+                old_logits.append(agent(batch["obs"], auxiliary_phase=True, with_value=False).logits)
     data["old_logits"] = torch.cat(old_logits).view(num_segments, num_steps, -1)
     metrics = []
     loss_function = partial(auxiliary_phase_loss, agent=agent, args=args)
     epochs = torch.cat([torch.randperm(num_segments) for _ in range(args.e_auxiliary)])
     minibatches = epochs.split(args.num_aux_rollouts)
     for minibatch in show_progress(minibatches, desc="auxiliary phase: ", unit="update"):
-        passes = batches(data, minibatch, steps_per_pass, targets.device)
+        passes = batches(data, minibatch, args.steps_per_pass, targets.device)
         metrics += optimizer_step(optimizer, loss_function, passes)
     return mean_metrics(metrics)
 
@@ -552,7 +529,7 @@ def train(args: argparse.Namespace, make_envs: Callable = make_envs) -> dict:
     reward_normalizer = RewardNormalizer(args.num_envs, args.reward_norm_gamma, args.reward_clip)
     agent = Agent(envs.single_observation_space, envs.single_action_space, args.arch, precision).to(device)
     adam = partial(torch.optim.Adam, list(agent.parameters()), eps=args.adam_eps)
-    optimizers = {losses: adam(lr=args.learning_rate) for losses in losses_of_epochs(args)}
+    optimizers = {name: adam(lr=args.learning_rate) for name in ("policy_and_value", "policy", "value")}
     optimizers["auxiliary"] = adam(lr=args.aux_learning_rate)
     # What is saved: a module beside the agent, too, belongs here, or below if it differs between processes.
     modules = {"agent": agent, **{f"{name}_optimizer": optimizer for name, optimizer in optimizers.items()}}
@@ -561,7 +538,7 @@ def train(args: argparse.Namespace, make_envs: Callable = make_envs) -> dict:
     num_iterations = args.total_timesteps // (args.num_envs * args.num_steps * WORLD_SIZE)
     num_rollouts = min(args.n_iteration, num_iterations) if args.e_auxiliary else 1  # PPO keeps one
     observations = allocate_observations(num_rollouts, envs.single_observation_space.shape, device, args)
-    pass_steps = args.steps_per_pass or choose_steps_per_pass(device)
+    args.steps_per_pass = args.steps_per_pass or choose_steps_per_pass(device)
 
     with Run(args, modules, modules_per_process, tracker, device) as run:
         while run.iteration < num_iterations:
@@ -571,7 +548,10 @@ def train(args: argparse.Namespace, make_envs: Callable = make_envs) -> dict:
             phase_targets = []
             for i in range(phase_iterations):  # policy phase
                 lr_fraction = 1 - run.iteration / num_iterations if args.anneal_lr else 1.0
-                set_learning_rates(optimizers, lr_fraction)
+                for optimizer in optimizers.values():
+                    for group in optimizer.param_groups:
+                        group.setdefault("initial_lr", group["lr"])
+                        group["lr"] = lr_fraction * group["initial_lr"]
                 with run.timed("rollout"):
                     rollout = collect_rollout(agent, tracker, observations[i % num_rollouts], device)
                 with run.timed("policy_phase"):
@@ -582,16 +562,15 @@ def train(args: argparse.Namespace, make_envs: Callable = make_envs) -> dict:
                         gamma=args.gamma,
                         gae_lambda=args.gae_lambda,
                     )
-                    advantages = advantages.to(device)
                     targets = targets.to(device)
                     phase_targets.append(targets)
-                    metrics = policy_update(agent, optimizers, rollout, advantages, targets, args, pass_steps)
+                    metrics = policy_update(agent, optimizers, rollout, advantages.to(device), targets, args)
                 metrics["charts/learning_rate"] = lr_fraction * args.learning_rate
                 run.log_iteration(metrics, rollout.episodes)
             if args.e_auxiliary and phase_iterations == args.n_iteration:
                 with run.timed("auxiliary_phase"):
                     segments = (observations.flatten(0, 1), torch.cat(phase_targets))
-                    metrics = auxiliary_phase(agent, optimizers["auxiliary"], *segments, args, pass_steps)
+                    metrics = auxiliary_phase(agent, optimizers["auxiliary"], *segments, args)
                 run.log(metrics)
             run.end_phase(make_envs)  # evaluation, film, checkpoint: what is due
         return run.finish()
@@ -599,23 +578,18 @@ def train(args: argparse.Namespace, make_envs: Callable = make_envs) -> dict:
 
 # ---- below the lesson: minibatches, processes, devices ---------------------------------------------
 def batches(data: dict, segments: Tensor, steps_per_pass: int, device) -> Iterator[tuple[float, dict]]:
-    """Copies chosen segments [k] of each [S, T, ...] in `data` to the device, [B, ...], B <= steps_per_pass.
-
-    Yields each batch after its share of all k x T steps.
-    """
-    num_steps = next(iter(data.values())).shape[1]
-    for chosen in segments.split(max(1, steps_per_pass // num_steps)):
-        for start in range(0, num_steps, steps_per_pass):
-            stop = min(start + steps_per_pass, num_steps)
-            batch = {}
-            for name, tensor in data.items():  # a copy per segment: an index tensor makes the host wait
-                copies = [tensor[i, start:stop].to(device, non_blocking=True) for i in chosen.tolist()]
-                batch[name] = torch.cat(copies)
-            yield len(chosen) * (stop - start) / (len(segments) * num_steps), batch
+    """Pairs (share, batch): the steps of chosen segments of `data`, [S, T, ...] -> [B, ...] on the device."""
+    parts = {}
+    for name, tensor in data.items():  # a copy per segment: an index tensor makes the host wait
+        copies = [tensor[i].to(device, non_blocking=True) for i in segments.tolist()]
+        parts[name] = torch.cat(copies).split(steps_per_pass)
+    num_steps = len(segments) * data["targets"].shape[1]
+    for tensors in zip(*parts.values()):
+        yield len(tensors[0]) / num_steps, dict(zip(parts, tensors))
 
 
 def mean_metrics(passes: list[tuple[float, dict[str, Tensor]]]) -> dict[str, float]:
-    """Means over passes, by their shares, and over processes. Alone in a phase it waits for the device."""
+    """Means over passes, by their shares, and over processes. It waits for the device."""
     totals = {}
     shares = {}
     for share, metrics in passes:
@@ -624,14 +598,6 @@ def mean_metrics(passes: list[tuple[float, dict[str, Tensor]]]) -> dict[str, flo
             shares[name] = shares.get(name, 0) + share
     means = torch.stack([totals[name] / shares[name] for name in totals])
     return dict(zip(totals, (sum_over_processes(means) / WORLD_SIZE).tolist()))
-
-
-def set_learning_rates(optimizers: dict[str, torch.optim.Optimizer], fraction: float) -> None:
-    """Every parameter group gets this fraction of the step size that it was made with."""
-    for optimizer in optimizers.values():
-        for group in optimizer.param_groups:
-            group.setdefault("initial_lr", group["lr"])
-            group["lr"] = fraction * group["initial_lr"]
 
 
 def sum_over_processes(x: Tensor) -> Tensor:
@@ -689,9 +655,7 @@ def start_process(args: argparse.Namespace) -> tuple[torch.device, str]:
         # NCCL on GPUs, gloo on hosts. The others wait while rank 0 evaluates, however long that takes.
         dist.init_process_group(timeout=timedelta(days=365))
     torch.manual_seed(args.seed)  # of the networks: the same in all processes
-    precision = fast if args.precision == "auto" else args.precision
-    say(f"running on the {device.type.upper()}, {precision}")
-    return device, precision
+    return device, fast if args.precision == "auto" else args.precision
 
 
 def allocate_observations(num_rollouts: int, image_shape: tuple, device: torch.device, args) -> Tensor:
@@ -699,74 +663,52 @@ def allocate_observations(num_rollouts: int, image_shape: tuple, device: torch.d
     shape = (num_rollouts, args.num_envs, args.num_steps, *image_shape)
     bytes_needed = math.prod(shape)
     say(f"the observations of a phase take {bytes_needed / 1e9:.2f} GB in each process")
-    if args.aux_buffer_device == "cuda" and device.type != "cuda":
-        fail("--aux-buffer-device cuda needs a GPU: give --aux-buffer-device auto")
     if device.type == "cuda":
         room = 0.8 * torch.cuda.mem_get_info(device)[0]  # the rest is for activations
-        if args.aux_buffer_device == "cuda" or (args.aux_buffer_device == "auto" and bytes_needed <= room):
+        if args.aux_buffer_device == "auto" and bytes_needed <= room:
             return torch.empty(shape, dtype=torch.uint8, device=device)
-        bytes_needed = 2 ** math.ceil(math.log2(bytes_needed))  # to which PyTorch rounds pinned memory up
-    if sys.platform == "linux":
-        available = re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]
-        bytes_free = 1024 * int(available) / LOCAL_WORLD_SIZE
-        if bytes_needed > bytes_free:
-            sizes = f"{bytes_needed / 1e9:.1f} GB in each process, and {bytes_free / 1e9:.1f} GB are free"
-            fail(f"a phase's observations need {sizes}: lower --num-envs, --num-steps or --n-iteration")
-    return torch.empty(shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    # Zeros take the memory now, not in the middle of a phase.
+    return torch.zeros(shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
 
 
 def choose_steps_per_pass(device: torch.device) -> int:
     """512 on a CPU, no faster with more; on a GPU half of the free memory, at an estimated 5 MB a step."""
-    if device.type != "cuda":
-        return 512
-    return max(512, int(0.5 * torch.cuda.mem_get_info(device)[0] / 5e6))
+    return max(512, torch.cuda.mem_get_info(device)[0] // 10_000_000) if device.type == "cuda" else 512
 
 
 # ---- below the lesson: the flags of a run, its directory, checkpoints, progress --------------------
-CHECKPOINT_FORMAT = 2
-DISK_ERRORS = (ENOSPC, EDQUOT, EFBIG, EACCES, EROFS, ENOTDIR, EEXIST)
+CHECKPOINT_FORMAT = 3
 FREE_FLAGS = (  # those that do not change what is learned: they may differ beside --resume and --evaluate
-    "resume", "evaluate", "command_line", "total_timesteps", "cuda", "track", "wandb_project_name",
-    "wandb_entity", "capture_video", "runs_dir", "checkpoint_interval", "eval_interval", "eval_episodes",
-    "env_threads", "aux_buffer_device")  # fmt: skip
-
-
-class SentenceParser(argparse.ArgumentParser):
-    """Tells bad input in one sentence, with the flag or choice that was probably meant."""
-
-    def error(self, message: str) -> NoReturn:
-        known = [*self._option_string_actions, *(x for action in self._actions for x in action.choices or ())]
-        unknown = re.search(r"(?:arguments: -|choice: ')([^\s'=]+)", message)
-        nearest = difflib.get_close_matches(unknown[1], known, 1) if unknown else []
-        fail(message + "".join(f"; did you mean {name}?" for name in nearest))
+    "resume", "evaluate", "total_timesteps", "cuda", "track", "wandb_project_name", "wandb_entity",
+    "capture_video", "runs_dir", "checkpoint_interval", "eval_interval", "eval_episodes", "env_threads",
+    "steps_per_pass", "aux_buffer_device")  # fmt: skip
+# A bar, if there is a terminal. A second one stands below the first, and goes when it is done.
+show_progress = partial(tqdm, leave=None, smoothing=0, miniters=0, disable=RANK > 0 or None)
 
 
 def load_checkpoint(run_dir: str) -> dict:
     path = Path(run_dir, "checkpoint.pt")
-    if not path.is_file():
-        fail(f"{path} is missing: name a directory in which a run has written one (every node must see it)")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # noqa: BLE001 (a damaged file may raise anything)
-        fail(f"{path} is damaged, or not a checkpoint ({type(error).__name__})")
+        fail(f"{path} is missing, damaged or not a checkpoint ({type(error).__name__})")
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
         fail(f"{path} is not a checkpoint of this version of the script")
     return checkpoint
 
 
-def with_flags_of_run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> argparse.Namespace:
+def with_flags_of_run(args: argparse.Namespace, parser: argparse.ArgumentParser, argv) -> argparse.Namespace:
     """The flags of the run that --resume or --evaluate names, with those beside it that may differ."""
     flag = "evaluate" if args.resume is None else "resume"
     run_dir = str(Path(getattr(args, flag).removesuffix("checkpoint.pt")))
     saved = load_checkpoint(run_dir)
-    unknown = [name for name in saved["args"] if name not in args]
-    if unknown:
-        fail(f"{run_dir} has flags that this script lacks, {', '.join(unknown)}: use the script kept there")
     parser.set_defaults(**saved["args"] | {"resume": None, "evaluate": None})
-    flags = parser.parse_args(args.command_line[1:], argparse.Namespace(command_line=args.command_line))
+    flags = parser.parse_args(argv)
     setattr(flags, flag, run_dir)
     free = FREE_FLAGS if flag == "resume" else (*FREE_FLAGS, "seed")
     for name, value in saved["args"].items():
+        if name not in args:
+            fail(f"{run_dir} has a flag that this script lacks, {name}: use the script kept there")
         if name not in free and getattr(flags, name) != value:
             fail(f"leave out --{name.replace('_', '-')}: the run in {run_dir} has {value}")
     processes = len(saved["processes"])
@@ -777,117 +719,95 @@ def with_flags_of_run(args: argparse.Namespace, parser: argparse.ArgumentParser)
 
 
 def normalized_return(args: argparse.Namespace, episodic_return: float) -> float | None:
-    """None where the range is not known."""
     if args.env_id not in RETURN_RANGES:
         return None
-    first = 0 if args.distribution_mode == "easy" else 2
-    low, high = RETURN_RANGES[args.env_id][first : first + 2]
+    easy_low, easy_high, hard_low, hard_high = RETURN_RANGES[args.env_id]
+    low, high = (easy_low, easy_high) if args.distribution_mode == "easy" else (hard_low, hard_high)
     return (episodic_return - low) / (high - low)
-
-
-class PlainLines(tqdm):
-    """Progress where there is no terminal: a line, once in ten seconds."""
-
-    def display(self, msg: str | None = None, pos: int | None = None) -> None:
-        if msg is None and self.n > self.initial:  # or the bar is being cleared, or has just begun
-            print(self, file=sys.stderr, flush=True)
-
-
-def show_progress(iterable: Iterable | None = None, **options) -> tqdm:
-    """A bar. A second one stands below the first, and goes when it is done."""
-    options |= {"leave": None, "smoothing": 0, "miniters": 0, "disable": RANK > 0}
-    if sys.stderr.isatty():
-        return tqdm(iterable, **options)
-    line = "{desc}{n}/{total} {unit}s, {rate_fmt}, {remaining} left{postfix}"
-    return PlainLines(iterable, mininterval=10, bar_format=line, file=io.StringIO(), **options)
 
 
 class Run(AbstractContextManager):
     """What a run counts, shows and writes, by rank 0 alone, to a directory that it keeps locked."""
 
-    SAVED = ("phase", "iteration", "global_step", "episodes", "recent", "charts", "seconds")
-    PHASES = ("rollout", "policy_phase", "auxiliary_phase")
-
     def __init__(self, args, modules: dict, modules_per_process: dict, tracker: EpisodeTracker, device):
         self.args = args
         self.modules = modules
         self.modules_per_process = modules_per_process
+        self.networks = nn.ModuleList(module for module in modules.values() if isinstance(module, nn.Module))
         self.tracker = tracker
         self.device = device
         self.phase = 0
         self.iteration = 0
         self.global_step = 0
         self.episodes = 0
-        self.recent = []  # return and length of the last 100 episodes
+        self.recent = []  # the last 100 episodes
         self.charts = dict.fromkeys(("episodic_return", "episodic_length", "normalized_return", "SPS"))
-        self.seconds = dict.fromkeys((*self.PHASES, "evaluation", "total"), 0.0)
+        self.seconds = dict.fromkeys(("rollout", "policy_phase", "auxiliary_phase", "evaluation", "total"), 0)
         self.iteration_steps = args.num_envs * args.num_steps * WORLD_SIZE
         self.total_steps = args.total_timesteps // self.iteration_steps * self.iteration_steps
         self.row = {}  # of the iteration that is under way
-        self.times = {}  # for the row that is logged next
         self.checkpoint_step = None
         self.wandb = None
         if WORLD_SIZE > 1:  # a copy may draw random numbers before it makes its networks
-            for tensor in modules["agent"].state_dict().values():
+            for tensor in self.networks.state_dict().values():
                 dist.broadcast(tensor, 0)
-        if RANK == 0:
-            self.open_directory()
         if args.resume is not None:
             self.restore(load_checkpoint(args.resume))
+        if RANK == 0:
+            self.open_directory()
         self.started = time.perf_counter() - self.seconds["total"]
         self.bar = show_progress(total=self.total_steps, initial=self.global_step, unit="step")
 
     def __exit__(self, kind, error, traceback) -> None:
-        if RANK == 0 and (kind is KeyboardInterrupt or getattr(error, "errno", None) in DISK_ERRORS):
-            say(f"stopped at step {self.global_step}; {self.advice()}")
+        if RANK == 0 and kind not in (None, SystemExit):  # fail() has given its reason
+            say(f"stopped at step {self.global_step}; last checkpoint: {self.checkpoint_step or 'none'}")
+            if self.checkpoint_step:  # flags beside --resume may be those of the run
+                say(f"to go on from there, give the same command and --resume '{self.directory}'")
         self.write_row()
         self.bar.close()
-        if self.wandb:
-            self.wandb.finish(exit_code=int(kind is not None))
         if RANK == 0:
-            with suppress(OSError):  # a full disk has been told
-                self.rows.close()
+            self.lock.close()
+            if kind is OSError:  # a full disk: subclasses have other reasons
+                fail(str(error), 1)
 
     def open_directory(self) -> None:
         args = self.args
         name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
-        self.directory = Path(args.runs_dir, name)
+        self.directory = Path(args.resume or Path(args.runs_dir, name))
         if args.resume is None:
             self.directory.mkdir(parents=True)  # refuses one that another run has made in this second
             shutil.copy(__file__, self.directory)
-        else:
-            self.directory = Path(args.resume)
-        self.rows = open(self.directory / "metrics.jsonl", "a+")  # noqa: SIM115 (its lock lasts as long)
-        try:  # the system releases the lock when this process dies
+        self.lock = open(self.directory / "metrics.jsonl", "a")  # noqa: SIM115 (as long as the process)
+        try:
             if fcntl:
-                fcntl.flock(self.rows, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             fail(f"another process is writing to {self.directory}: wait for it, or end it")
-        git = f"git -C {shlex.quote(str(Path(__file__).parent))} describe --always --dirty --abbrev=40"
-        status, commit = subprocess.getstatusoutput(git)
-        config = {"flags": vars(args), "commit": None if status else commit, "processes": WORLD_SIZE}
+        config = {"flags": vars(args), "command_line": sys.argv, "processes": WORLD_SIZE}
         config |= {"device": str(self.device), "precision": self.modules["agent"].precision}
         config |= {lib.__name__: lib.__version__ for lib in (torch, np, gym)} | {"python": sys.version}
         (self.directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         phase_steps = args.n_iteration * self.iteration_steps
-        steps = f"{self.total_steps} of {args.total_timesteps} steps fill iterations"
-        first_checkpoint = min(self.total_steps, args.checkpoint_interval * phase_steps) or "none"
-        phases = f"{phase_steps} make a phase; step of the first checkpoint: {first_checkpoint}"
-        say(f"writing to {self.directory}: {steps}, {phases}")
+        steps = f"{self.total_steps} of {args.total_timesteps} steps fill iterations, {phase_steps} a phase"
+        say(f"writing to {self.directory}: {steps}, {args.checkpoint_interval * phase_steps} a checkpoint")
+        say("SPS and the time left count auxiliary phases from the first one on")
+        if args.resume is not None:
+            path = self.directory / "metrics.jsonl"
+            rows = path.read_text().splitlines(keepends=True)
+            past = [row for row in rows if row[-1] == "\n" and json.loads(row)["iteration"] <= self.iteration]
+            path.write_text("".join(past))
+            counts = f"{len(past)} of {self.iteration} rows; {len(rows) - len(past)} later ones are dropped"
+            say(f"going on from step {self.global_step} of {self.total_steps} with {counts}")
         if args.track:
-            try:
-                import wandb
+            import wandb
 
-                name = self.directory.resolve().name
-                names = {"project": args.wandb_project_name, "entity": args.wandb_entity}
-                options = {"dir": self.directory, "resume": "allow", "save_code": True, "config": vars(args)}
-                self.wandb = wandb.init(**names, **options, id=name, name=name)
-                self.wandb.define_metric("*", step_metric="global_step")
-            except Exception as error:  # noqa: BLE001 (no login, no network, no wandb: the run goes on)
-                say(f"wandb refused ({error}): going on without it; {self.rows.name} has all metrics")
+            name = self.directory.resolve().name
+            options = {"project": args.wandb_project_name, "entity": args.wandb_entity, "config": vars(args)}
+            options |= {"dir": self.directory, "resume": "allow", "save_code": True}
+            self.wandb = wandb.init(id=name, name=name, **options)
 
     def restore(self, saved: dict) -> None:
-        """Everything as it was at the checkpoint; rows after it are dropped, for they come again."""
+        """Everything as it was at the checkpoint; open_directory() drops later rows, for they come again."""
         vars(self).update(saved["run"])
         self.checkpoint_step = self.global_step
         process = saved["processes"][RANK]
@@ -901,83 +821,62 @@ class Run(AbstractContextManager):
         else:
             self.tracker.envs.set_state(process["envs"])
             vars(self.tracker).update(process["tracker"])
-        if RANK == 0:
-            self.rows.seek(0)
-            rows = self.rows.readlines()
-            complete = [row for row in rows if row.endswith("}\n")]
-            past = [row for row in complete if json.loads(row)["iteration"] <= self.iteration]
-            self.rows.truncate(0)
-            self.rows.writelines(past)
-            self.rows.flush()
-            counts = f"{len(past)} of {self.iteration} rows; {len(rows) - len(past)} later ones are dropped"
-            say(f"going on from step {self.global_step} with {counts}")
-            if self.global_step >= self.total_steps:
-                say(f"nothing left to do in {self.directory}")
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        self.times[f"time/{name}"] = time.perf_counter() - start
-        self.seconds[name] += self.times[f"time/{name}"]
+        self.seconds[name] += time.perf_counter() - start
 
-    def log_iteration(self, metrics: dict[str, float], episodes: list[tuple[float, int]]) -> None:
+    def log_iteration(self, metrics: dict[str, float], episodes: list[tuple[int, float, int]]) -> None:
         """Begins the row of an iteration, in which these episodes ended."""
         self.write_row()
-        ended = [episode for each in gather_objects(episodes) for episode in each]
+        ended = sorted((x for each in gather_objects(episodes) for x in each), key=lambda x: x[0])  # by step
         self.iteration += 1
         self.global_step += self.iteration_steps
         self.episodes += len(ended)
         self.recent = (self.recent + ended)[-100:]
-        note = ""
         if self.recent:
-            mean_return, mean_length = np.mean(self.recent, axis=0).tolist()
+            _, mean_return, mean_length = np.mean(self.recent, axis=0).tolist()
             self.charts |= {"episodic_return": mean_return, "episodic_length": mean_length}
             self.charts["normalized_return"] = normalized_return(self.args, mean_return)
-            note = f"return {mean_return:.2f}"
         self.row = {name: getattr(self, name) for name in ("iteration", "phase", "global_step", "episodes")}
         self.log(metrics)
-        if self.args.e_auxiliary and self.seconds["auxiliary_phase"] == 0:
-            note += " (time left without auxiliary phases)"
-        self.bar.set_postfix_str(note, refresh=False)
+        self.bar.set_postfix(self.charts, refresh=False)
         self.bar.update(self.iteration_steps)
+        if self.bar.disable:
+            say(f"step {self.global_step} of {self.total_steps}: {self.bar.postfix}")
 
     def log(self, metrics: dict[str, float | None]) -> None:
         """Adds metrics, whatever their names, to the row of the iteration."""
-        self.row |= self.times
-        self.times = {}
         self.seconds["total"] = time.perf_counter() - self.started
         self.charts["SPS"] = self.global_step / (self.seconds["total"] - self.seconds["evaluation"])
-        iteration_seconds = sum(self.row.get(f"time/{name}", 0) for name in self.PHASES)
         self.row |= {f"charts/{name}": value for name, value in self.charts.items()}
-        self.row["charts/SPS_iteration"] = self.iteration_steps / iteration_seconds
-        self.row["time/total"] = self.seconds["total"]
-        for name, value in metrics.items():  # all processes have the same losses, and stop together
-            self.row[name] = value if value is None else float(value)
-            if name.startswith("losses/") and not math.isfinite(value):
-                self.stop_diverged(f"{name} is {value}")
+        self.row |= {f"time/{name}": value for name, value in self.seconds.items()}
+        self.row |= {name: value if value is None else float(value) for name, value in metrics.items()}
+        finite = [parameter.isfinite().all() for parameter in self.networks.parameters()]
+        if not torch.stack(finite).all():  # all processes have the same weights, and stop together
+            remedy = f"last checkpoint: {self.checkpoint_step}; a resumed run would repeat this"
+            fail(f"a weight is not finite at step {self.global_step}; {remedy}; try smaller step sizes", 1)
 
     def write_row(self) -> None:
         """To metrics.jsonl and wandb."""
         row = {name: value for name, value in self.row.items() if value is not None}
         self.row = {}
         if RANK == 0 and row:
-            self.rows.write(json.dumps(row) + "\n")
-            self.rows.flush()
+            with open(self.directory / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(row) + "\n")
             if self.wandb:
-                self.wandb.log(row)
+                self.wandb.log(row, step=row["global_step"])
 
     def end_phase(self, make_envs: Callable) -> None:
         """Evaluation, film and checkpoint, where they are due."""
         args = self.args
-        agent = self.modules["agent"]
         self.phase += 1
-        finite = [parameter.isfinite().all() for parameter in agent.parameters()]
-        if not torch.stack(finite).all():
-            self.stop_diverged("a weight is not finite")
         try:
             if RANK == 0:
                 results = {}
+                agent = self.modules["agent"]
                 arguments = (agent, args, make_envs, self.device, self.directory, self.global_step)
                 with self.timed("evaluation"):
                     if args.eval_interval and self.phase % args.eval_interval == 0:
@@ -998,7 +897,8 @@ class Run(AbstractContextManager):
         process["tracker"] = {name: value for name, value in vars(self.tracker).items() if name != "envs"}
         process["modules"] = {name: module.state_dict() for name, module in self.modules_per_process.items()}
         content = {"format": CHECKPOINT_FORMAT, "args": vars(self.args), "processes": gather_objects(process)}
-        content["run"] = {name: getattr(self, name) for name in self.SAVED}
+        counts = ("phase", "iteration", "global_step", "episodes", "recent", "charts", "seconds")
+        content["run"] = {name: getattr(self, name) for name in counts}
         content["modules"] = {name: module.state_dict() for name, module in self.modules.items()}
         if RANK > 0:
             return
@@ -1007,29 +907,9 @@ class Run(AbstractContextManager):
         buffer.seek(0)
         torch.load(buffer, weights_only=True)  # what it would refuse later, it refuses now
         temporary = self.directory / "checkpoint.tmp"
-        try:
-            with open(temporary, "wb") as file:
-                file.write(buffer.getbuffer())
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(self.directory / "checkpoint.pt")
-        finally:
-            temporary.unlink(missing_ok=True)
+        temporary.write_bytes(buffer.getbuffer())
+        temporary.replace(self.directory / "checkpoint.pt")
         self.checkpoint_step = self.global_step
-
-    def advice(self) -> str:
-        """How to go on, in a command for a shell."""
-        if self.checkpoint_step is None:
-            return "no checkpoint was written"
-        command = self.args.command_line  # of a resumed run: it can be given once more
-        if self.args.resume is None:
-            command = [command[0], "--resume", str(self.directory)]
-        launch = ["torchrun", "--nproc-per-node", str(LOCAL_WORLD_SIZE)] if WORLD_SIZE > 1 else ["python"]
-        return f"to go on from the checkpoint of step {self.checkpoint_step}: {shlex.join(launch + command)}"
-
-    def stop_diverged(self, what: str) -> NoReturn:
-        remedy = "a resumed run would repeat this; a new one with smaller step sizes may not"
-        fail(f"{what} at step {self.global_step}: {remedy}; weights kept: of step {self.checkpoint_step}", 1)
 
     def finish(self) -> dict:
         """Writes summary.json and returns what is in it."""
@@ -1040,9 +920,7 @@ class Run(AbstractContextManager):
         summary |= {"seconds": self.seconds, "torch": torch.__version__}
         if RANK == 0:
             (self.directory / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-            self.bar.close()
-            result = f"return {self.charts['episodic_return']:.2f}" if self.recent else "no episode has ended"
-            say(f"done: {result}; more in {self.directory}/summary.json")
+            say(f"done: {json.dumps(self.charts)}; more in {self.directory}/summary.json")
         return summary
 
 
@@ -1070,7 +948,7 @@ def evaluate(agent: Agent, args, make_envs: Callable, device, run_dir: Path, ste
     """Plays --eval-episodes on all levels, and on the training levels if these are others."""
     metrics = {}
     level_sets = {args.num_levels: "train_levels", 0: "all_levels"}  # one, if all levels are trained on
-    with open(run_dir / "evaluations.jsonl", "a") as file:  # opened first: what cannot be kept is not played
+    with open(run_dir / "evaluations.jsonl", "a") as file:  # opened first: if that fails, nothing is played
         for num_levels, name in level_sets.items():
             envs = make_envs(args, num_envs=min(args.num_envs, args.eval_episodes), num_levels=num_levels)
             returns = play(agent, envs, args.eval_episodes, args.seed + 10**6, device)
@@ -1078,8 +956,6 @@ def evaluate(agent: Agent, args, make_envs: Callable, device, run_dir: Path, ste
             error = returns.std(ddof=1) / len(returns) ** 0.5 if len(returns) > 1 else None
             metrics[f"{name}_standard_error"] = error
             metrics[f"{name}_normalized_return"] = normalized_return(args, returns.mean())
-        if args.num_levels:
-            metrics["gap"] = metrics["train_levels_return"] - metrics["all_levels_return"]
         results = {"global_step": step, "seed": args.seed, "episodes": args.eval_episodes} | metrics
         file.write(json.dumps(results) + "\n")
     tqdm.write(json.dumps(results, indent=2))  # to standard output, above the bars
@@ -1092,15 +968,11 @@ def record_video(agent: Agent, args, make_envs: Callable, device, run_dir: Path,
     film = {"directory": str(run_dir / "videos"), "prefix": f"step{step}-"}
     envs = make_envs(args, num_envs=1, num_levels=args.num_levels, film=film)
     play(agent, envs, 1, args.seed + 2 * 10**6, device)
-    if not (run_dir / f"videos/step{step}-00000.mp4").exists():
-        say("these environments do not film themselves")
 
 
 # ---- main ------------------------------------------------------------------------------------------
 def main(argv: list[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
-    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as a background job has it
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         args = parse_args(argv)
         if args.evaluate is None:
@@ -1112,16 +984,13 @@ def main(argv: list[str] | None = None) -> None:
             spaces = (envs.single_observation_space, envs.single_action_space)
             agent = Agent(*spaces, args.arch, precision).to(device)
             agent.load_state_dict(saved["modules"]["agent"])
-            run_dir = Path(args.evaluate)
-            step = saved["run"]["global_step"]
-            evaluate(agent, args, make_envs, device, run_dir, step)
+            arguments = (agent, args, make_envs, device, Path(args.evaluate), saved["run"]["global_step"])
+            evaluate(*arguments)
             if args.capture_video:
-                record_video(agent, args, make_envs, device, run_dir, step)
+                record_video(*arguments)
     except KeyboardInterrupt:
         sys.exit(130)
-    except OSError as error:
-        if error.errno not in DISK_ERRORS:
-            raise
+    except (PermissionError, NotADirectoryError, FileExistsError) as error:  # of a run's directory
         fail(str(error), 1)
     if dist.is_initialized():
         dist.destroy_process_group()

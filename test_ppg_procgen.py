@@ -101,8 +101,8 @@ def signposts(args, *, num_envs, num_levels, film=None):
 def make_args(runs_dir, *flags):
     """A run of 4 environments and 4 iterations of 8 steps, in 2 phases, on the CPU; `flags` override."""
     small = "--num-envs 4 --num-steps 8 --n-iteration 2 --num-minibatches 2 --num-aux-rollouts 2 --total-timesteps 128"
-    flags = [*small.split(), "--no-cuda", "--env-threads", "1", "--runs-dir", str(runs_dir), *map(str, flags)]
-    return ppg.parse_args(flags)
+    small += " --no-cuda --env-threads 1 --steps-per-pass 512"
+    return ppg.parse_args([*small.split(), "--runs-dir", str(runs_dir), *map(str, flags)])
 
 
 # Fruitbot gives rewards early, and its episodes are short. A phase is 2 iterations of 2 environments and 16 steps.
@@ -135,9 +135,8 @@ def only_run(runs_dir):
 def program(*flags, cwd, **environment):
     """Runs the script as a user does."""
     command = [sys.executable, str(SCRIPT), *map(str, flags)]
-    return subprocess.run(
-        command, cwd=cwd, env=ENVIRONMENT | environment, capture_output=True, text=True, timeout=300, check=False
-    )
+    options = {"cwd": cwd, "env": ENVIRONMENT | environment, "capture_output": True, "text": True, "timeout": 300}
+    return subprocess.run(command, **options, check=False)
 
 
 def refusal(capsys, *flags):
@@ -439,9 +438,9 @@ def test_precision_of_each_phase(tmp_path, monkeypatch, arch, precision):
     obs = torch.zeros(2, 4, 64, 64, 3, dtype=torch.uint8)
     rollout = ppg.collect_rollout(agent, ppg.EpisodeTracker(Signpost(2), 1), obs, CPU)
     dtypes.append(set())
-    ppg.policy_update(agent, adams(agent), rollout, torch.randn(2, 4), torch.randn(2, 4), args, 512)
+    ppg.policy_update(agent, adams(agent), rollout, torch.randn(2, 4), torch.randn(2, 4), args)
     dtypes.append(set())
-    ppg.auxiliary_phase(agent, adams(agent)["policy"], obs, torch.randn(2, 4), args, 512)
+    ppg.auxiliary_phase(agent, adams(agent)["policy"], obs, torch.randn(2, 4), args)
     in_bf16 = {"fp32": 0, "bf16-aux": 1, "bf16": 3}[precision]
     assert dtypes == (3 - in_bf16) * [{torch.float32}] + in_bf16 * [{torch.bfloat16}]
     assert set(others) == set(aux_losses) == {torch.float32}
@@ -493,7 +492,7 @@ def test_rollout_stores_what_the_environment_showed(order):
             ended = ended + done
         assert (rollout.firsts[:, -1].numpy() == firsts).all()
         torch.testing.assert_close(rollout.values[:, -1], agent(torch.from_numpy(next_seen)).values.detach())
-        assert rollout.episodes == envs.finished
+        assert [episode[1:] for episode in rollout.episodes] == envs.finished
     assert ended.min() > 0
 
 
@@ -556,7 +555,7 @@ def test_updates_match_a_loop_over_samples(tmp_path, arch, clip_coef, kl_coef):
     args = make_args(tmp_path, *f"{size} {coefs} {epochs}".split())
     trained = copy.deepcopy(agent)
     sgd = torch.optim.SGD(trained.parameters(), 0.05)
-    data = rollout, advantages, targets, args, 512
+    data = rollout, advantages, targets, args
     metrics = ppg.policy_update(trained, {"policy_and_value": sgd}, *data)
     expected, means = two_slow_updates(agent, policy_losses, [1, -0.3, 1])
     assert_same_change(weights(trained), weights(expected), weights(agent))
@@ -565,7 +564,7 @@ def test_updates_match_a_loop_over_samples(tmp_path, arch, clip_coef, kl_coef):
     explained = 1 - (targets - rollout.values[:, :-1]).var() / targets.var()
     assert metrics["losses/explained_variance"] == pytest.approx(float(explained), abs=1e-4)
     trained.load_state_dict(agent.state_dict())
-    metrics = ppg.auxiliary_phase(trained, sgd, rollout.observations, targets, args, 512)
+    metrics = ppg.auxiliary_phase(trained, sgd, rollout.observations, targets, args)
     expected, means = two_slow_updates(agent, auxiliary_losses, [200, 1, 0.7])
     assert_same_change(weights(trained), weights(expected), weights(agent))
     found = [metrics[f"losses/aux/{name}"] for name in ("kl_loss", "aux_value_loss", "real_value_loss")]
@@ -580,7 +579,7 @@ def test_policy_epochs(tmp_path, monkeypatch, e_policy, e_value):
     agent = make_agent("dual")
     optimizers = adams(agent)
     args = make_args(tmp_path, "--num-envs", 8, "--num-minibatches", 4, "--e-policy", e_policy, "--e-value", e_value)
-    ppg.policy_update(agent, optimizers, random_rollout(agent, 8, 2), *torch.randn(2, 8, 2), args, 512)
+    ppg.policy_update(agent, optimizers, random_rollout(agent, 8, 2), *torch.randn(2, 8, 2), args)
     schedule = ["policy_and_value"] * e_policy
     if e_policy != e_value:
         schedule = ["value"] * e_value + ["policy"] * e_policy
@@ -606,7 +605,7 @@ def test_target_kl_ends_the_policy_epochs(tmp_path, monkeypatch, e_value, target
     steps = spy(monkeypatch, "optimizer_step", lambda a, _: None)
     agent = make_agent("shared")
     args = make_args(tmp_path, "--e-policy", 5, "--e-value", e_value, "--target-kl", target_kl)
-    ppg.policy_update(agent, adams(agent), random_rollout(agent, 4, 1), *torch.randn(2, 4, 1), args, 512)
+    ppg.policy_update(agent, adams(agent), random_rollout(agent, 4, 1), *torch.randn(2, 4, 1), args)
     assert len(steps) == updates  # two an epoch; all of 3 value epochs run
 
 
@@ -709,7 +708,7 @@ def test_original_outputs(example):
 def test_original_policy_updates(example):
     """Three policy updates, and the loss of the KL variant after them, are those of the authors' code."""
     agent = example.agent
-    data = example.rollout, example.advantages, example.targets, example.args, 512
+    data = example.rollout, example.advantages, example.targets, example.args
     names = [f"losses/{name}" for name in ("policy_loss", "entropy", "value_loss", "clipfrac")]
     parts = (agent.policy_trunk, agent.value_trunk, agent.policy_head, agent.value_head)
     for losses, norms in zip(ORIGINAL_POLICY_LOSSES, ORIGINAL_GRADIENT_NORMS):
@@ -730,7 +729,7 @@ def test_original_auxiliary_updates(example, monkeypatch):
     """Three auxiliary updates are those of the authors' code."""
     updates = spy(monkeypatch, "auxiliary_phase_loss", lambda _, result: [x.item() for x in result[1].values()])
     example.args.e_auxiliary = 3
-    ppg.auxiliary_phase(example.agent, example.adam, example.observations, example.targets, example.args, 512)
+    ppg.auxiliary_phase(example.agent, example.adam, example.observations, example.targets, example.args)
     kls, *other_losses = zip(*updates)
     # The first KL is rounding noise, which Adam scales to a full step: later ones agree less well.
     assert kls == pytest.approx(ORIGINAL_AUX_LOSSES[0], rel=1e-2, abs=1e-6)
@@ -744,12 +743,13 @@ mark_section("algorithm")
 def run_update(agent, optimizer, data, args, steps_per_pass=512, auxiliary=False):
     """One update of either phase on (rollout, advantages, targets). Returns the new weights and the metrics."""
     rollout, advantages, targets = data
+    args.steps_per_pass = steps_per_pass
     torch.manual_seed(7)
     if auxiliary:
-        metrics = ppg.auxiliary_phase(agent, optimizer, rollout.observations, targets, args, steps_per_pass)
+        metrics = ppg.auxiliary_phase(agent, optimizer, rollout.observations, targets, args)
     else:
         optimizers = dict.fromkeys(("policy_and_value", "value", "policy"), optimizer)
-        metrics = ppg.policy_update(agent, optimizers, rollout, advantages, targets, args, steps_per_pass)
+        metrics = ppg.policy_update(agent, optimizers, rollout, advantages, targets, args)
     return weights(agent), metrics
 
 
@@ -802,7 +802,7 @@ def test_passes_in_parts_are_the_whole(tmp_path, auxiliary):
     args = make_args(tmp_path, "--num-envs", 8, "--n-iteration", 1, "--num-aux-rollouts", 4, "--e-auxiliary", 1)
     first = make_agent("detach", sharpness=10.0)
     data = random_data(first, 8, 4)
-    for steps_per_pass, largest in ((512, 16), (16, 16), (11, 8), (4, 4), (3, 3), (1, 1)):
+    for steps_per_pass, largest in ((512, 16), (16, 16), (11, 11), (4, 4), (3, 3), (1, 1)):
         agent, passes = copy.deepcopy(first), []
         agent.register_forward_pre_hook(lambda _, inputs, passes=passes: passes.append(len(inputs[0])))
         optimizer = torch.optim.SGD(agent.parameters(), 0.02)
@@ -866,27 +866,24 @@ def test_the_phases_get_the_right_data(tmp_path, monkeypatch, clip):
 @pytest.mark.parametrize(("flags", "count"), [((), 1), (("--e-value", 2), 2)], ids=["one Adam", "two"])
 def test_learning_rates_fall_over_the_whole_run(tmp_path, monkeypatch, flags, count):
     """They fall in all optimisers from first iteration to last, not by phases; to a new last if the run grows."""
-    used = spy(monkeypatch, "optimizer_step", lambda a, _: (a["optimizer"], a["optimizer"].param_groups[0]["lr"]))
+    real = torch.optim.Adam
+    groups = lambda parameters, lr: [{"params": parameters[:3]}, {"params": parameters[3:], "lr": lr / 10}]
+    monkeypatch.setattr(torch.optim, "Adam", lambda p, lr, **options: real(groups([*p], lr), lr=lr, **options))
+    rates_of = lambda optimizer: [group["lr"] for group in optimizer.param_groups]
+    used = spy(monkeypatch, "optimizer_step", lambda a, _: (a["optimizer"], rates_of(a["optimizer"])))
     rates = ("--anneal-lr", "--learning-rate", 1e-3, "--aux-learning-rate", 1e-4)
     ppg.train(make_args(tmp_path, *rates, *flags, *SMALL), signposts)
     fall = [1e-3, 7.5e-4, 5e-4, 2.5e-4]
     by_optimizer = {}
-    for optimizer, rate in used:
+    for optimizer, (rate, of_second_group) in used:
         by_optimizer.setdefault(optimizer, {})[rate] = None
+        assert of_second_group == pytest.approx(rate / 10)
     expected = [*count * [fall], [7.5e-5, 2.5e-5]]
     assert [list(rates) for rates in by_optimizer.values()] == [pytest.approx(rates) for rates in expected]
     ppg.train(ppg.parse_args(["--resume", str(only_run(tmp_path)), "--total-timesteps", "96"]), signposts)
     fall += [1e-3 / 3, 1e-3 / 6]
     assert [row["charts/learning_rate"] for row in read_rows(only_run(tmp_path))] == pytest.approx(fall)
-    assert [rate for _, rate in used[-1:]] == pytest.approx([1e-4 / 6])
-    # Each parameter group gets the fraction of the step size that it was made with, after a checkpoint too.
-    groups = [{"params": [torch.ones(1)], "lr": rate} for rate in (1.0, 0.1)]
-    optimizers = {name: torch.optim.Adam(copy.deepcopy(groups)) for name in ("first", "resumed")}
-    ppg.set_learning_rates({"first": optimizers["first"]}, 0.5)
-    optimizers["resumed"].load_state_dict(optimizers["first"].state_dict())
-    ppg.set_learning_rates(optimizers, 0.25)
-    for optimizer in optimizers.values():
-        assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.25, 0.025])
+    assert used[-1][1] == pytest.approx([1e-4 / 6, 1e-5 / 6])
 
 
 def test_same_seed_same_run(tmp_path, monkeypatch):
@@ -921,7 +918,7 @@ def test_stopped_at_any_moment_it_is_the_uninterrupted_run(tmp_path):
         written = checkpoint.stat().st_mtime_ns
         flags = ["--resume", str(checkpoint.parent)]
         assert process.returncode == (-how if how == signal.SIGKILL else 130) and "Traceback" not in errors
-        assert how == signal.SIGKILL or shlex.join(flags) in errors
+        assert how == signal.SIGKILL or f"--resume '{checkpoint.parent}'" in errors
     total = ("--total-timesteps", read_checkpoint(checkpoint.parent)["run"]["global_step"] + PHASE)
     resume(checkpoint.parent, *total)
     assert_same_run(checkpoint.parent, train(tmp_path / "b", *total))
@@ -1005,6 +1002,10 @@ def in_each_process(path):
     torch.distributed.barrier()  # rank 0 writes the checkpoint
     resume(run_dir, "--eval-interval", 0, "--no-capture-video", *phases(1, 2))
     train(path / "ppo", *PPO, "--num-steps", 8, "--target-kl", 0, *phases(0.5, 2))
+    torch.manual_seed(ppg.RANK)
+    beside = torch.nn.Linear(9, 9)
+    with ppg.Run(make_args(path / "beside"), {"agent": make_agent(), "beside": beside}, {}, None, CPU):
+        agents.append(beside)
     results |= {"weights": [weights(agent) for agent in agents], "first observations": seen[0]}
     torch.save(results, path / f"{ppg.RANK}.pt")
     if ppg.RANK == 1:
@@ -1027,9 +1028,9 @@ def two_processes(tmp_path_factory):
 
 
 def test_processes_stay_equal_but_play_levels_of_their_own(two_processes):
-    """After every run the ranks have the same weights, they began in other levels, and one's death ends both."""
+    """After every run the ranks have the same weights, beside the agent too, they began in other levels, and one's death ends both."""
     path, (first, second), _ = two_processes
-    assert len(first["weights"]) == len(second["weights"]) == 4
+    assert len(first["weights"]) == len(second["weights"]) == 6
     assert all(torch.equal(one, other) for one, other in zip(first["weights"], second["weights"]))
     assert not torch.equal(first["first observations"], second["first observations"])
     assert (path / "survivor").exists()  # it neither waited for ever nor went on alone: it raised
@@ -1082,7 +1083,7 @@ def test_the_device_is_read_once_a_step(tmp_path, monkeypatch, flags):
     ppg.train(args, signposts)
     assert reads.count("cpu") == 2 * (args.num_steps + 1)
     assert reads.count("tolist") == 2 + (args.e_auxiliary > 0)
-    assert reads.count("__bool__") == 1  # are all weights finite?
+    assert reads.count("__bool__") == 2 + (args.e_auxiliary > 0) + 1  # are all weights finite?
 
 
 mark_section("invariant")
@@ -1106,9 +1107,9 @@ BAD_INPUT = {
     "--total-timesteps 16383": "one rollout, 16384 steps", "--ent-coef inf": "not inf", "--num-steps 0": "1 to",
     "--gamma 1.001": "from 0 to 1, not 1.001", "--seed 99999999999": "to 2e+09, not 99999999999",
     "--num-envs 8.5": "a whole number", "--num-envs many": "--num-envs", "--seed": "--seed", "--track yes": "yes",
-    "--env-id starpliot": "did you mean starpilot?", "--distribution-mode extreme": "extreme",
-    "--num-env 64": "did you mean --num-envs?", "--lerning-rate=1": "did you mean --learning-rate?",
-    "--arch duel": "did you mean dual?", "--zzz": "--zzz", "--resume a --evaluate b": "not allowed",
+    "--env-id starpliot": "'starpilot'", "--distribution-mode extreme": "'easy', 'hard'",
+    "--num-env 64": "--num-env 64", "--lerning-rate=1": "--lerning-rate=1", "--arch duel": "'dual', 'detach', 'shared'",
+    "--resume a --evaluate b": "not allowed", "--aux-buffer-device cuda": "'auto', 'cpu'",
     "--resume=": "checkpoint.pt is missing", "--evaluate nowhere": "nowhere/checkpoint.pt is missing",
 }  # fmt: skip
 LEVELS = ("--env-id", "bossfight", "--num-levels", 3)  # its episodes, and films, are the shortest
@@ -1117,12 +1118,10 @@ LEVELS = ("--env-id", "bossfight", "--num-levels", 3)  # its episodes, and films
 @pytest.fixture
 def wandb(monkeypatch):
     """Notes what it is told."""
-    wandb = types.SimpleNamespace(started=[], rows=[], endings=[])
+    wandb = types.SimpleNamespace(started=[], rows=[])
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     wandb.init = lambda **options: wandb.started.append(options) or wandb
-    wandb.define_metric = lambda name, step_metric: None
-    wandb.log = lambda row: wandb.rows.append(dict(row))
-    wandb.finish = lambda exit_code: wandb.endings.append(exit_code)
+    wandb.log = lambda row, step: wandb.rows.append(dict(row) if step == row["global_step"] else None)
     return wandb
 
 
@@ -1158,8 +1157,7 @@ def contents(run_dir):
 
 def test_flags(monkeypatch, capsys):
     """A flag has its documented default, a help text of its own and a --no- form, and no number may be below 0."""
-    args = vars(ppg.parse_args([]))
-    assert args.pop("command_line") and args == DEFAULTS
+    assert vars(ppg.parse_args([])) == DEFAULTS
     monkeypatch.setenv("COLUMNS", "300")
     with pytest.raises(SystemExit) as end:
         ppg.parse_args(["--help"])
@@ -1167,8 +1165,7 @@ def test_flags(monkeypatch, capsys):
     helps = dict(re.findall(entries, capsys.readouterr().out, flags=re.MULTILINE))
     assert end.value.code == 0 and {name.replace("-", "_") for name in helps} == set(DEFAULTS)
     assert min(map(len, helps.values())) > 10 and len(set(helps.values())) == len(helps)
-    games = "bigfish, bossfight, caveflyer, chaser, climber, coinrun, dodgeball, fruitbot, heist, jumper, leaper"
-    assert helps["env-id"] == f"{games}, maze, miner, ninja, plunder, starpilot"
+    assert helps["env-id"] == ", ".join(line.split()[0] for line in RETURNS.split(","))
     for name in ("torch-deterministic", "cuda", "track", "capture-video", "anneal-lr"):
         assert vars(ppg.parse_args([f"--{name}"]))[name.replace("-", "_")] is True
         assert vars(ppg.parse_args([f"--no-{name}"]))[name.replace("-", "_")] is False
@@ -1193,16 +1190,6 @@ def test_bad_input_from_a_shell(tmp_path, rank):
     done = program("--num-envs", 12, cwd=tmp_path, RANK=str(rank))
     sentence = "error: --num-minibatches must divide --num-envs, 12\n"
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "" if rank else sentence)
-
-
-def test_ctrl_c_while_the_imports_run():
-    """The program ends at once, with status 130 and without a word."""
-    with subprocess.Popen([sys.executable, "-X", "importtime", SCRIPT], **LISTENING) as process:  # a line each
-        while not process.stderr.readline().endswith(" argparse\n"):
-            assert process.poll() is None
-        process.send_signal(signal.SIGINT)
-        lines = process.stderr.readlines()
-    assert process.returncode == 130 and all(line.startswith("import time:") for line in lines)
 
 
 def play_at_random(envs, steps):
@@ -1247,13 +1234,13 @@ def test_other_environments(tmp_path, monkeypatch, capsys):
 
     spy(monkeypatch, "play", lambda *_: time.sleep(0.5))
     flags = ("--arch", "shared", "--e-auxiliary", 0, "--num-steps", 64, "--total-timesteps", 1024)
-    args = make_args(tmp_path, *flags, "--eval-interval", 1, "--eval-episodes", 3)
+    args = make_args(tmp_path, *flags, "--eval-interval", 1, "--eval-episodes", 3, "--steps-per-pass", 100)
     args.env_id = "signpost"
     summary = ppg.train(args, factory)
     figures = [summary[name] for name in ("episodic_return", "episodic_length")]
     assert summary["episodes"] == len(envs.finished) > 110 and len(envs.history) == 256
     assert figures == pytest.approx(np.mean(envs.finished[-100:], axis=0)) and summary["normalized_return"] is None
-    assert summary["SPS"] > 1024 / (summary["seconds"]["total"] - 1)
+    assert summary["SPS"] > 1024 / (summary["seconds"]["total"] - 1) and summary["steps_per_pass"] == 100
     run_dir = only_run(tmp_path)
     names = set().union(*read_rows(run_dir))
     assert "eval/all_levels_return" in names and not any("normalized" in name for name in names)
@@ -1268,6 +1255,20 @@ def test_other_environments(tmp_path, monkeypatch, capsys):
     with pytest.raises(pickle.UnpicklingError, match="generator_ctor"):
         ppg.train(args, factory)
     assert len(list(tmp_path.glob("*/checkpoint*"))) == 1  # of the first run
+    monkeypatch.setattr(Signpost, "draw", lambda self: np.zeros((1, 64, 64, 3)))
+    with pytest.raises(AssertionError, match="must be bytes"):
+        ppg.EpisodeTracker(Signpost(1), 1)
+
+
+def test_the_last_episodes_are_those_of_all_processes(tmp_path, monkeypatch):
+    """An iteration in which each of two processes ends hundreds of episodes counts the newest of both."""
+    envs = Signpost(32)
+    doubled = lambda thing: [thing, [(t, x + 1, n) for t, x, n in thing] if isinstance(thing, list) else thing]
+    monkeypatch.setattr(ppg, "gather_objects", doubled)  # the other process is better by 1
+    flags = ("--num-envs", 32, "--num-steps", 64, "--total-timesteps", 2048, "--e-auxiliary", 0)
+    summary = ppg.train(make_args(tmp_path, *flags), lambda *_, **__: envs)
+    assert len(envs.finished) > 200 and summary["episodes"] == 2 * len(envs.finished)
+    assert summary["episodic_return"] == pytest.approx(np.mean(envs.finished[-50:], axis=0)[0] + 0.5, abs=0.1)
 
 
 def test_what_a_run_writes(tmp_path, monkeypatch, capsys, wandb):
@@ -1282,33 +1283,35 @@ def test_what_a_run_writes(tmp_path, monkeypatch, capsys, wandb):
     returned = ppg.train(args, signposts)
     run_dir = only_run(tmp_path)
     said = capsys.readouterr().err
-    assert f"{run_dir}: 160 of 180 steps fill iterations, 64 make a phase; step of the first checkpoint: 64" in said
+    assert f"{run_dir}: 160 of 180 steps fill iterations, 64 a phase, 64 a checkpoint" in said
+    assert "SPS and the time left count auxiliary phases from the first one on" in said
+    assert f'done: {{"episodic_return": {returned["episodic_return"]}, ' in said
     assert re.fullmatch(rf"starpilot__{SCRIPT.stem}__1__\d{{10}}", run_dir.name)
     assert set(contents(run_dir)) == {"config.json", "metrics.jsonl", "checkpoint.pt", "summary.json", SCRIPT.name}
     assert (run_dir / SCRIPT.name).read_bytes() == SCRIPT.read_bytes()
     config = json.loads(configs[0])
-    assert config["flags"] == vars(args) and config["flags"]["command_line"][1:3] == ["--num-envs", "4"]
+    assert config["flags"] == vars(args) and config["command_line"] == sys.argv and "precision" in config
     versions = [config[name] for name in ("device", "python", "torch", "gym", "numpy")]
     assert versions == ["cpu", sys.version, torch.__version__, gym.__version__, np.__version__]
-    assert f"running on the CPU, {config['precision']}" in said
     rows = read_rows(run_dir)
     counters = [(row["iteration"], row["phase"], row["global_step"]) for row in rows]
     assert counters == [(1, 0, 32), (2, 0, 64), (3, 1, 96), (4, 1, 128), (5, 2, 160)]
     assert len(losses) == 5 * 2 * 2 and len(set(losses)) > 10 and len(kls) == 2 * 1 * 4
     for i, row in enumerate(rows):
         assert row["losses/policy_loss"] == pytest.approx(statistics.fmean(losses[4 * i : 4 * i + 4]), abs=1e-5)
-        assert ("losses/aux/kl_loss" in row) == ("time/auxiliary_phase" in row) == (i in (1, 3))
-        seconds = [row.get(f"time/{name}", 0) for name in ("rollout", "policy_phase", "auxiliary_phase")]
-        assert row["charts/SPS_iteration"] == pytest.approx(32 / sum(seconds)) and row["my/metric"] == 2.5
+        before = rows[i - 1] if i else dict.fromkeys(row, 0)
+        grown = {name for name in row if name.startswith("time/") and row[name] > before[name]}
+        auxiliary = {"time/auxiliary_phase"} if i in (1, 3) else set()
+        assert grown - {"time/evaluation"} == {"time/rollout", "time/policy_phase", "time/total"} | auxiliary
+        assert ("losses/aux/kl_loss" in row) == bool(auxiliary) and row["my/metric"] == 2.5
     assert rows[3]["losses/aux/kl_loss"] == pytest.approx(statistics.fmean(kls[4:]), rel=1e-3, abs=1e-7)
-    assert wandb.rows == rows and wandb.endings == [0] and wandb.started[0]["config"] == vars(args)
+    assert wandb.rows == rows and wandb.started[0]["config"] == vars(args)
     summary = json.loads((run_dir / "summary.json").read_text())
     assert summary == returned and vars(args).items() <= summary.items() and summary["global_step"] == 160
     assert summary["peak_memory_bytes"]["host"] > 1e8 and summary["peak_memory_bytes"]["device"] == 0
-    total = summary["seconds"].pop("total")
-    assert summary["SPS"] == pytest.approx(160 / total, rel=0.01) and total == rows[4]["time/total"]
-    for name, seconds in summary["seconds"].items():
-        assert seconds == pytest.approx(sum(row.get(f"time/{name}", 0) for row in rows)) and seconds < total
+    total = summary["seconds"]["total"]
+    assert summary["SPS"] == pytest.approx(160 / total, rel=0.01) and sum(summary["seconds"].values()) < 2 * total
+    assert summary["seconds"] == {name: rows[4][f"time/{name}"] for name in summary["seconds"]}
 
 
 def test_runs_that_stay_as_they_are(copied, monkeypatch, capsys):
@@ -1318,11 +1321,16 @@ def test_runs_that_stay_as_they_are(copied, monkeypatch, capsys):
         ppg.fcntl.flock(rows, ppg.fcntl.LOCK_SH)  # a process that writes locks for itself alone
         status, said = ending(capsys, "--resume", copied, *phases(4))
     assert status == 2 and f"error: another process is writing to {copied}" in said and contents(copied) == before
+    saved = read_checkpoint(copied)
+    torch.save(saved | {"modules": {"agent": saved["modules"]["agent"]}}, copied / "checkpoint.pt")
+    assert "lacks 'policy_and_value_optimizer'" in ending(capsys, "--resume", copied, *phases(4))[1]
+    (copied / "checkpoint.pt").write_bytes(before["checkpoint.pt"])  # all else is as before
     monkeypatch.setattr(time, "time", lambda: int(copied.name[-10:]))
     status, said = ending(capsys, *TINY, *LEVELS, "--runs-dir", copied.parent)
     assert status == 1 and "File exists" in said and contents(copied) == before
     ppg.main(["--resume", str(copied)])
-    assert "nothing left to do" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "going on from step 192 of 192" in said and "done: " in said
     assert all(contents(copied)[name] == before[name] for name in ("metrics.jsonl", "checkpoint.pt"))
 
 
@@ -1338,25 +1346,27 @@ def test_rows_are_cut_by_iteration(copied, capsys, complete, half, dropped, miss
     resume(copied, *phases(4))
     assert [row["iteration"] for row in read_rows(copied)] == [*range(1, 7 - missing), 7, 8]
     counts = f"{6 - missing} of 6 rows; {dropped} later ones are dropped"
-    assert f"going on from step 192 with {counts}" in capsys.readouterr().err
+    assert f"going on from step 192 of 256 with {counts}" in capsys.readouterr().err
 
 
 FILE_SIZE = ppg.resource.RLIMIT_FSIZE  # beyond it the system refuses to write: a full disk
 UPDATE, AUXILIARY = "policy_update", "auxiliary_phase"
-NAN = lambda agent, metrics: metrics.update(dict.fromkeys(metrics, math.nan))
+NAN = lambda agent, _: agent.value_head.weight.data.fill_(math.nan)  # as a loss that is not finite does
+DIVERGED = "error: a weight is not finite at step {}; last checkpoint: 64; a resumed run would repeat this"
+STOPPED = "stopped at step {}; last checkpoint: 64\nto go on from there"
+TOO_LARGE = "(.|\n)*error: .*File too large"
+limit_files = lambda size: lambda *_: ppg.resource.setrlimit(FILE_SIZE, (size, -1))
 
 
-@pytest.mark.parametrize(("function", "call", "fault", "status", "sentence", "step"), [  # step: of the checkpoint
-    (UPDATE, 2, KeyboardInterrupt(), 130, "stopped at step 32; no checkpoint was written", None),
-    (UPDATE, 3, NAN, 1, "error: losses/.* is nan at step 96: a resumed run would repeat this.* of step 64", 64),
-    (AUXILIARY, 2, NAN, 1, "error: losses/aux/.* is nan at step 128: a resumed run would repeat this", 64),
-    (AUXILIARY, 2, lambda agent, _: agent.value_head.weight.data.fill_(math.inf), 1, "error: a weight is not", 64),
-    (UPDATE, 3, lambda *_: ppg.resource.setrlimit(FILE_SIZE, (10, -1)), 1, "error: .*too large", 64),
-    (AUXILIARY, 2, lambda *_: ppg.resource.setrlimit(FILE_SIZE, (10**6, -1)), 1, "error: .*too large", 64),
-    (UPDATE, 1, FileNotFoundError("mine"), "mine", "", None),  # what a changed copy does wrong has its traceback
+@pytest.mark.parametrize(("function", "call", "fault", "status", "sentence", "step", "kept"), [
+    (UPDATE, 2, KeyboardInterrupt(), 130, "stopped at step {}; last checkpoint: none", 32, []),
+    (UPDATE, 3, NAN, 1, DIVERGED, 96, [64]), (AUXILIARY, 2, NAN, 1, DIVERGED, 128, [64]),
+    (UPDATE, 3, limit_files(10), 1, STOPPED + TOO_LARGE, 96, [64]),
+    (AUXILIARY, 2, limit_files(10**6), 1, STOPPED + TOO_LARGE, 128, [64]),
+    (UPDATE, 3, FileNotFoundError("mine"), "mine", STOPPED, 64, [64]),  # an error in a changed copy
 ])  # fmt: skip
-def test_faults(tmp_path, monkeypatch, capsys, function, call, fault, status, sentence, step):
-    """Each ends in a sentence and leaves the last good checkpoint, and no half of another."""
+def test_faults(tmp_path, monkeypatch, capsys, function, call, fault, status, sentence, step, kept):
+    """What stops a run leaves the last good checkpoint and a sentence; unexpected errors keep their tracebacks."""
     at_call(monkeypatch, call, fault, function)
     limits = ppg.resource.getrlimit(FILE_SIZE)
     try:
@@ -1364,37 +1374,38 @@ def test_faults(tmp_path, monkeypatch, capsys, function, call, fault, status, se
             ppg.main([*TINY, "--runs-dir", str(tmp_path), *phases(3)])
     finally:
         ppg.resource.setrlimit(FILE_SIZE, limits)
-    assert end.value.args[0] == status and re.search(sentence, capsys.readouterr().err)
-    checkpoints = list(tmp_path.glob("*/checkpoint*"))
-    assert [read_checkpoint(path.parent)["run"]["global_step"] for path in checkpoints] == ([step] if step else [])
+    assert end.value.args[0] == status and re.search(sentence.format(step), capsys.readouterr().err)
+    checkpoints = list(tmp_path.glob("*/checkpoint.pt"))
+    assert [read_checkpoint(path.parent)["run"]["global_step"] for path in checkpoints] == kept
+
+
+def test_nan_beside_the_agent(tmp_path, capsys):
+    """A weight that is not finite ends the run in any module, before it is saved."""
+    modules = {"agent": make_agent(), "beside": torch.nn.PReLU(init=math.nan)}
+    with pytest.raises(SystemExit), ppg.Run(make_args(tmp_path), modules, {}, None, CPU) as run:
+        run.log({})
+    assert "error: a weight is not finite" in capsys.readouterr().err
 
 
 def test_advice(tmp_path, monkeypatch, capsys, wandb):
-    """The command that is told leads on, with script and flags as they were given; wandb continues the same run."""
-    start = ["python", "my scripts/ppg.py", "--resume"]
-    monkeypatch.setattr(sys, "argv", start[1:2])
+    """What is told leads on, with the flags as they were given, also beside --resume; wandb continues the same run."""
 
-    def advised(call, step, *flags):
+    def stopped(call, *flags):
         with monkeypatch.context() as patch:
             at_call(patch, call, KeyboardInterrupt())
             _, said = ending(capsys, *flags)
-        (command,) = re.findall(rf"to go on from the checkpoint of step {step}: (.*)", said)
-        return shlex.split(command)
+        step, words = re.search(r"checkpoint: (\d+)\nto go on from there, .* command and (--resume .*)", said).groups()
+        return [*map(str, flags), *shlex.split(words)], int(step)
 
-    command = advised(3, 64, *TINY, *phases(3), "--track", "--runs-dir", tmp_path / "my runs")
+    command, step = stopped(3, *TINY, *phases(3), "--track", "--runs-dir", tmp_path / "my runs")
     run_dir = only_run(tmp_path / "my runs")
-    assert command == [*start, str(run_dir)]
-    flags = ["--total-timesteps", "256", "--checkpoint-interval", "2"]  # the third phase has no checkpoint
-    assert advised(5, 128, *command[2:], *flags) == [*start, str(run_dir), *flags]
-    ppg.main([*command[2:], *flags])
+    assert command[-2:] == ["--resume", str(run_dir)] and step == 64
+    # The third phase has no checkpoint.
+    command, step = stopped(5, *command, "--total-timesteps", 256, "--checkpoint-interval", 2)
+    assert command[-2:] == ["--resume", str(run_dir)] and step == 128
+    ppg.main(command)
     assert [row["iteration"] for row in read_rows(run_dir)] == [*range(1, 9)]
-    assert {options["id"] for options in wandb.started} == {run_dir.name} and wandb.endings == [1, 1, 0]
-    nothing = dict.fromkeys(("all_reduce", "all_gather_object", "broadcast"), lambda *_: None)
-    monkeypatch.setattr(ppg, "dist", types.SimpleNamespace(is_initialized=lambda: True, **nothing))
-    monkeypatch.setattr(ppg, "WORLD_SIZE", 2)
-    monkeypatch.setattr(ppg, "LOCAL_WORLD_SIZE", 2)
-    command = advised(3, 128, *TINY, *phases(2, processes=2), "--runs-dir", tmp_path)
-    assert command[:4] == ["torchrun", "--nproc-per-node", "2", "my scripts/ppg.py"]
+    assert {options["id"] for options in wandb.started} == {run_dir.name} and len(wandb.started) == 3
 
 
 class Malice:
@@ -1407,8 +1418,9 @@ class Malice:
 @pytest.mark.parametrize(("change", "words"), [
     (lambda saved: torch.zeros(3), "is not a checkpoint of this version"),
     (lambda saved: saved | {"format": 0}, "is not a checkpoint of this version"),
-    (lambda saved: saved | {"args": saved["args"] | {"my_flag": 1}}, "flags that this script lacks, my_flag"),
-    (lambda saved: saved | {"run": Malice()}, "is damaged"), (None, "is damaged"),
+    (lambda saved: saved | {"args": saved["args"] | {"my_flag": 1}}, "a flag that this script lacks, my_flag"),
+    (lambda saved: saved | {"run": Malice()}, "not a checkpoint (UnpicklingError)"),
+    (None, "damaged or not a checkpoint (RuntimeError)"),
 ])  # fmt: skip
 def test_bad_checkpoints(copied, monkeypatch, capsys, change, words):
     """Each is refused in its own words, and neither run nor written to."""
@@ -1442,18 +1454,16 @@ def test_flags_beside_resume(on_levels, monkeypatch, capsys):
 
 @pytest.mark.parametrize("terminal", [False, True])
 def test_what_a_run_says(tmp_path, monkeypatch, capsys, terminal):
-    """A terminal shows two bars, all else plain lines; that wandb is missing is said once, and the run goes on."""
-    monkeypatch.setitem(sys.modules, "wandb", None)
+    """A terminal shows two bars; elsewhere an iteration is a plain line."""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
     monkeypatch.setattr("tqdm.std.time", lambda: 1000 * time.time())  # a line is due at each update
-    ppg.train(make_args(tmp_path, "--e-auxiliary", 1, "--track"), signposts)
+    ppg.train(make_args(tmp_path, "--e-auxiliary", 1), signposts)
     said = capsys.readouterr().err
-    assert said.count("wandb refused") == 1
     lines = re.split(r"[\r\n]", said)
-    bar = r" *\d+%\|.*\| " if terminal else ""
-    assert any(re.match(rf"{bar}32/128 .*return .*\(time left without auxiliary phases\)", line) for line in lines)
-    assert any(re.match(rf"auxiliary phase: {bar}\d/4 ", line) for line in lines)
-    assert "without" not in said.split("128/128")[-1] and ("\r" in said, "\x1b" in said) == (terminal, terminal)
+    start = r" *\d+%\|.*\| 32/128 " if terminal else "step 32 of 128: "
+    assert any(re.match(rf"{start}.*episodic_return=\d", line) for line in lines)
+    assert any(re.match(r"auxiliary phase: .*\| \d/4 ", line) for line in lines) == terminal
+    assert ("\r" in said, "\x1b" in said) == (terminal, terminal)
 
 
 def test_each_environment_plays_its_quota():
@@ -1484,7 +1494,7 @@ def test_evaluation_report(copied, monkeypatch, capsys):
     report = json.loads(capsys.readouterr().out)
     expected = {"train_levels_return": 5, "train_levels_standard_error": (13 / 3) ** 0.5, "episodes": 3, "seed": 1}
     expected |= {"train_levels_normalized_return": 4.5 / 12.5, "all_levels_normalized_return": 1.5 / 12.5}
-    expected |= {"all_levels_return": 2, "all_levels_standard_error": (1 / 3) ** 0.5, "gap": 3, "global_step": 192}
+    expected |= {"all_levels_return": 2, "all_levels_standard_error": (1 / 3) ** 0.5, "global_step": 192}
     assert report == pytest.approx(expected)
     ppg.main(["--evaluate", str(copied), "--eval-episodes", "1", "--seed", "7"])
     other = json.loads(capsys.readouterr().out)
@@ -1518,27 +1528,22 @@ def test_offline_wandb_and_film_from_a_shell(tmp_path):
     assert all(name.encode() in data.read_bytes() for row in read_rows(only_run(tmp_path / "runs")) for name in row)
 
 
-@pytest.mark.parametrize(("device", "flag", "gpu", "host", "processes", "home"), [  # GB free on GPU and host
-    ("cuda", "auto", 800, 0, 1, "device(type='cuda')"), ("cuda", "auto", 700, 1100, 1, "'pin_memory': True"),
-    ("cuda", "cpu", 800, 1100, 1, "'pin_memory': True"), ("cpu", "auto", 0, 700, 1, "'pin_memory': False"),
-    ("cpu", "auto", 0, 700, 2, "need 618.5 GB"), ("cuda", "cuda", 0, 0, 1, "device(type='cuda')"),
-    ("cpu", "cuda", 0, 700, 1, "needs a GPU"), ("cuda", "auto", 700, 1000, 1, "need 1099.5 GB"),  # a power of two
+@pytest.mark.parametrize(("device", "flag", "gpu", "home"), [  # GB free on the GPU
+    ("cuda", "auto", 800, "empty {'dtype': torch.uint8, 'device': device(type='cuda')}"),
+    ("cuda", "auto", 700, "zeros {'dtype': torch.uint8, 'pin_memory': True}"),
+    ("cuda", "cpu", 800, "zeros {'dtype': torch.uint8, 'pin_memory': True}"),
+    ("cpu", "auto", 0, "zeros {'dtype': torch.uint8, 'pin_memory': False}"),
 ])  # fmt: skip
-def test_home_of_the_observations(tmp_path, monkeypatch, capsys, device, flag, gpu, host, processes, home):
-    """618.5 GB go to the GPU, or to the host, pinned for a GPU; where they do not fit, a sentence tells the sizes."""
+def test_home_of_the_observations(tmp_path, monkeypatch, capsys, device, flag, gpu, home):
+    """618.5 GB go to the GPU if they are 80 % of what is free there, else to the host, pinned for a GPU."""
     args = make_args(tmp_path, "--num-envs", 4096, "--num-steps", 4096, "--total-timesteps", 2e9)
     args.aux_buffer_device = flag
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (gpu * 10**9, 10**15))
-    monkeypatch.setattr(Path, "read_text", lambda *_: f"MemFree: 1 kB\nMemAvailable:  {host * 10**9 // 1024} kB")
-    monkeypatch.setattr(ppg, "LOCAL_WORLD_SIZE", processes)
-    monkeypatch.setattr(torch, "empty", lambda shape, **options: f"{shape} {options}")
-    try:
-        found = ppg.allocate_observations(3, (64, 64, 3), torch.device(device), args)
-        assert "(3, 4096, 4096, 64, 64, 3)" in found and "uint8" in found
-    except SystemExit as end:
-        found = capsys.readouterr().err
-        assert end.code == 2 and ("lower --num-envs" in found or flag == "cuda")
-    assert home in found
+    for name in ("empty", "zeros"):
+        monkeypatch.setattr(torch, name, lambda shape, name=name, **options: (shape, f"{name} {options}"))
+    found = ppg.allocate_observations(3, (64, 64, 3), torch.device(device), args)
+    assert found == ((3, 4096, 4096, 64, 64, 3), home)
+    assert "take 618.48 GB in each process" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("hardware", ["avx512_bf16", "amx_bf16", "avx2", "new GPU", "old GPU"])
@@ -1585,6 +1590,7 @@ mark_section("program")
 def after_both_updates(rollout, args):
     """Home of the observations, weights and metrics after a policy update and two auxiliary updates."""
     device, precision = ppg.start_process(args)
+    args.steps_per_pass = 16
     agent = make_agent(precision=precision).to(device)
     buffer = ppg.allocate_observations(1, (64, 64, 3), device, args)
     buffer[0] = rollout.observations
@@ -1593,8 +1599,8 @@ def after_both_updates(rollout, args):
     torch.manual_seed(1)
     advantages, targets = torch.randn(2, args.num_envs, args.num_steps).to(device)
     sgd = torch.optim.SGD(agent.parameters(), 0.003)  # Adam would enlarge the rounding of gradients near 0
-    metrics = ppg.policy_update(agent, {"policy_and_value": sgd}, rollout, advantages, targets, args, 16)
-    metrics |= ppg.auxiliary_phase(agent, sgd, buffer[0], targets, args, 16)
+    metrics = ppg.policy_update(agent, {"policy_and_value": sgd}, rollout, advantages, targets, args)
+    metrics |= ppg.auxiliary_phase(agent, sgd, buffer[0], targets, args)
     return buffer, weights(agent).cpu(), metrics
 
 
@@ -1606,7 +1612,7 @@ def test_updates_on_a_gpu_are_those_on_the_cpu(tmp_path, monkeypatch, home):
     flags = "--precision fp32 --num-minibatches 1 --n-iteration 1 --num-aux-rollouts 4 --e-auxiliary 2"
     rollout = random_rollout(make_agent(), 4, 8)
     _, expected, expected_metrics = after_both_updates(rollout, make_args(tmp_path, *flags.split()))
-    args = make_args(tmp_path, *flags.split(), "--cuda", "--aux-buffer-device", home)
+    args = make_args(tmp_path, *flags.split(), "--cuda", "--aux-buffer-device", "auto" if home == "cuda" else home)
     buffer, found, metrics = after_both_updates(rollout, args)
     assert buffer.device.type == home and buffer.is_pinned() == (home == "cpu")
     assert_same_change(found, expected, weights(make_agent()))
@@ -1649,10 +1655,7 @@ def test_a_resumed_run_goes_on_on_a_gpu(tmp_path, monkeypatch):
     assert {tensor.device.type for tensor in agents[0].values()} == {"cuda"}
     assert [row["iteration"] for row in read_rows(run_dir)] == [1, 2, 3, 4]
     modules = read_checkpoint(run_dir)["modules"]
-    assert [modules[name]["state"][0]["step"] for name in ("policy_and_value_optimizer", "auxiliary_optimizer")] == [
-        8,
-        4,
-    ]
+    assert [modules[f"{x}_optimizer"]["state"][0]["step"] for x in ("policy_and_value", "auxiliary")] == [8, 4]
 
 
 mark_section("invariant")
@@ -1662,15 +1665,12 @@ mark_section("invariant")
 SETTINGS = {
     "textbook": "textbook (float32, NHWC images permuted, weights contiguous, the allocator as it is)",
     "float32": "best in float32 (weights channels_last, freed memory kept)",
-    "program": "as the program runs it, in the precision above",
-}
+    "program": "as the program runs it, in the precision above"}  # fmt: skip
 PASSES = {"rollout": "forward", "policy": "forward+backward", "old logits": "forward", "auxiliary": "forward+backward"}
 PARTS = {"rollout": ["rollout"], "policy_phase": ["policy"], "auxiliary_phase": ["old logits", "auxiliary"]}
 PROGRAMS = {  # flags, and how often a step of the program makes each of the passes through a trunk
-    "dual": (["--arch", "dual"], (2, 2, 1, 12)),
-    "detach": (["--arch", "detach"], (1, 1, 1, 6)),
-    "PPO": (PPO, (1, 3, 0, 0)),
-}
+    "dual": (["--arch", "dual"], (2, 2, 1, 12)), "detach": (["--arch", "detach"], (1, 1, 1, 6)), "PPO": (PPO, (1, 3, 0, 0))
+}  # fmt: skip
 
 
 def print_rates(num_envs, setting):
