@@ -625,13 +625,13 @@ def gather_objects(thing: object) -> list:
     return things
 
 
-def say(text: str) -> None:
-    if RANK == 0:
+def say(text: str, rank: int = RANK) -> None:
+    if rank == 0:
         tqdm.write(text, file=sys.stderr)
 
 
 def fail(message: str, status: int = 2) -> NoReturn:
-    say(f"error: {message}")
+    say(f"error: {message}", LOCAL_RANK)  # once on every node
     sys.exit(status)
 
 

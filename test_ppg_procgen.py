@@ -1186,8 +1186,8 @@ def test_bad_input(tmp_path, monkeypatch, capsys, line, words):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_bad_input_from_a_shell(tmp_path, rank):
-    """Of several processes one says the sentence; there is no traceback."""
-    done = program("--num-envs", 12, cwd=tmp_path, RANK=str(rank))
+    """Of several processes one on each node says the sentence; there is no traceback."""
+    done = program("--num-envs", 12, cwd=tmp_path, RANK=str(rank + 2), LOCAL_RANK=str(rank))  # of a second node
     sentence = "error: --num-minibatches must divide --num-envs, 12\n"
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "" if rank else sentence)
 
