@@ -116,7 +116,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--wandb-entity", help="team under --track; None = wandb's default")
     add("--capture-video", action=switch, default=False, help="film an episode after every phase")
     add("--runs-dir", default="runs", help="directory in which the run makes its own")
-    add("--checkpoint-interval", type=count_or_0, default=1, help="phases between them; 0 = none")
+    add("--checkpoint-interval", type=count_or_0, default=1, help="phases between checkpoints; 0 = none")
     add_source("--resume", metavar="RUN_DIR", help="continue the run in this directory, with its flags")
     add_source("--evaluate", metavar="RUN_DIR", help="play the checkpoint in this directory, train nothing")
     add("--eval-interval", type=count_or_0, default=0, help="phases between evaluations; 0 = none")
@@ -239,7 +239,7 @@ class Agent(nn.Module):
             images = obs.permute(0, 3, 1, 2).to(torch.bfloat16 if bf16 else torch.float32) / 255
             if with_policy or self.arch != "dual":
                 policy_features = self.policy_trunk(images).float()
-                value_features = policy_features
+                value_features = policy_features  # of the one trunk, unless there are two
             if with_value and self.arch == "dual":
                 value_features = self.value_trunk(images).float()
         logits = aux_values = values = None
@@ -578,14 +578,14 @@ def train(args: argparse.Namespace, make_envs: Callable = make_envs) -> dict:
 
 # ---- below the lesson: minibatches, processes, devices ---------------------------------------------
 def batches(data: dict, segments: Tensor, steps_per_pass: int, device) -> Iterator[tuple[float, dict]]:
-    """Pairs (share, batch): the steps of chosen segments of `data`, [S, T, ...] -> [B, ...] on the device."""
+    """Parts of chosen segments of `data` [S, T, ...]: (share, [B, ...] on device), B <= steps_per_pass."""
     parts = {}
     for name, tensor in data.items():  # a copy per segment: an index tensor makes the host wait
         copies = [tensor[i].to(device, non_blocking=True) for i in segments.tolist()]
-        parts[name] = torch.cat(copies).split(steps_per_pass)
-    num_steps = len(segments) * data["targets"].shape[1]
+        steps = torch.cat(copies)
+        parts[name] = steps.split(steps_per_pass)
     for tensors in zip(*parts.values()):
-        yield len(tensors[0]) / num_steps, dict(zip(parts, tensors))
+        yield len(tensors[0]) / len(steps), dict(zip(parts, tensors))
 
 
 def mean_metrics(passes: list[tuple[float, dict[str, Tensor]]]) -> dict[str, float]:
