@@ -97,8 +97,7 @@ def number(text: str, kind: type = float, low: float = 0, high: float = 2e9) -> 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line (None: the process's own). Bad input ends it with a sentence and exit status 2."""
-    show_defaults = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(allow_abbrev=False, formatter_class=show_defaults)
+    parser = argparse.ArgumentParser(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = fail
     switch = argparse.BooleanOptionalAction
     count = partial(number, kind=int, low=1)
@@ -464,24 +463,25 @@ def policy_update(agent: Agent, optimizers, rollout, advantages: Tensor, targets
         "advantages": ((advantages - mean) / (variance.sqrt() + 1e-8)).float(),
         "targets": targets,
     }
-    metrics = []  # (share of a minibatch, metrics) of every pass
+    metrics = {}
     epochs = ["value"] * args.e_value + ["policy"] * args.e_policy
     if args.e_policy == args.e_value:  # one Adam takes both losses: departure 4
         epochs = ["policy_and_value"] * args.e_policy
     for losses in epochs:
-        epoch_metrics = []
+        epoch_metrics = {}
         loss_function = partial(policy_phase_loss, agent=agent, losses=losses, args=args)
         # Minibatches are whole environments, not shuffled steps: one contiguous copy each (departure 4).
         for minibatch in torch.randperm(args.num_envs).split(args.num_envs // args.num_minibatches):
             passes = batches(data, minibatch, args.steps_per_pass, targets.device)
-            epoch_metrics += optimizer_step(optimizers[losses], loss_function, passes, args.max_grad_norm)
-        metrics += epoch_metrics
+            step_metrics = optimizer_step(optimizers[losses], loss_function, passes, args.max_grad_norm)
+            add_metrics(epoch_metrics, step_metrics)
+            add_metrics(metrics, step_metrics)
         checks_kl = args.target_kl is not None and losses != "value"
         if checks_kl and mean_metrics(epoch_metrics)["losses/approx_kl"] > args.target_kl:
             break
     error_variance = (targets - rollout.values[:, :-1]).var(correction=0)
     explained_variance = 1 - error_variance / targets.var(correction=0).clamp_min(1e-8)
-    metrics.append((1, {"losses/explained_variance": explained_variance}))
+    add_metrics(metrics, [(1, {"losses/explained_variance": explained_variance})])
     return mean_metrics(metrics)
 
 
@@ -510,13 +510,13 @@ def auxiliary_phase(agent: Agent, optimizer, observations: Tensor, targets: Tens
             for _, batch in batches(data, minibatch, args.steps_per_pass, targets.device):
                 old_logits.append(agent(batch["obs"], auxiliary_phase=True, with_value=False).logits)
     data["old_logits"] = torch.cat(old_logits).view(num_segments, num_steps, -1)
-    metrics = []
+    metrics = {}
     loss_function = partial(auxiliary_phase_loss, agent=agent, args=args)
     epochs = torch.cat([torch.randperm(num_segments) for _ in range(args.e_auxiliary)])
     minibatches = epochs.split(args.num_aux_rollouts)
     for minibatch in show_progress(minibatches, desc="auxiliary phase: ", unit="update"):
         passes = batches(data, minibatch, args.steps_per_pass, targets.device)
-        metrics += optimizer_step(optimizer, loss_function, passes)
+        add_metrics(metrics, optimizer_step(optimizer, loss_function, passes))
     return mean_metrics(metrics)
 
 
@@ -581,22 +581,23 @@ def batches(data: dict, segments: Tensor, steps_per_pass: int, device) -> Iterat
     """Parts of chosen segments of `data` [S, T, ...]: (share, [B, ...] on device), B <= steps_per_pass."""
     parts = {}
     for name, tensor in data.items():  # a copy per segment: an index tensor makes the host wait
-        copies = [tensor[i].to(device, non_blocking=True) for i in segments.tolist()]
-        steps = torch.cat(copies)
+        steps = torch.cat([tensor[i].to(device, non_blocking=True) for i in segments.tolist()])
         parts[name] = steps.split(steps_per_pass)
     for tensors in zip(*parts.values()):
         yield len(tensors[0]) / len(steps), dict(zip(parts, tensors))
 
 
-def mean_metrics(passes: list[tuple[float, dict[str, Tensor]]]) -> dict[str, float]:
-    """Means over passes, by their shares, and over processes. It waits for the device."""
-    totals = {}
-    shares = {}
+def add_metrics(totals: dict, passes: list[tuple[float, dict[str, Tensor]]]) -> None:
+    """Adds passes to sums and weights. Kept one by one, small tensors would cut a CPU's heap to pieces."""
     for share, metrics in passes:
         for name, value in metrics.items():
-            totals[name] = totals.get(name, 0) + share * value
-            shares[name] = shares.get(name, 0) + share
-    means = torch.stack([totals[name] / shares[name] for name in totals])
+            total, weight = totals.get(name, (0, 0))
+            totals[name] = (total + share * value, weight + share)
+
+
+def mean_metrics(totals: dict[str, tuple[Tensor, float]]) -> dict[str, float]:
+    """Means over passes, by their shares, and over processes. It waits for the device."""
+    means = torch.stack([total / weight for total, weight in totals.values()])
     return dict(zip(totals, (sum_over_processes(means) / WORLD_SIZE).tolist()))
 
 
@@ -790,7 +791,6 @@ class Run(AbstractContextManager):
         phase_steps = args.n_iteration * self.iteration_steps
         steps = f"{self.total_steps} of {args.total_timesteps} steps fill iterations, {phase_steps} a phase"
         say(f"writing to {self.directory}: {steps}, {args.checkpoint_interval * phase_steps} a checkpoint")
-        say("SPS and the time left count auxiliary phases from the first one on")
         if args.resume is not None:
             path = self.directory / "metrics.jsonl"
             rows = path.read_text().splitlines(keepends=True)

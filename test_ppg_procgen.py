@@ -31,6 +31,7 @@ import sys
 import tempfile
 import time
 import types
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -107,10 +108,8 @@ def make_args(runs_dir, *flags):
 
 # Fruitbot gives rewards early, and its episodes are short. A phase is 2 iterations of 2 environments and 16 steps.
 PHASE = 64
-TINY = shlex.split(
-    "--env-id fruitbot --arch detach --num-envs 2 --num-steps 16 --n-iteration 2 --num-minibatches 2 --e-auxiliary 1 "
-    "--num-aux-rollouts 2 --env-threads 1 --no-cuda"
-)
+TINY = shlex.split("--env-id fruitbot --arch detach --num-envs 2 --num-steps 16 --n-iteration 2 --num-minibatches 2")
+TINY += shlex.split("--e-auxiliary 1 --num-aux-rollouts 2 --env-threads 1 --no-cuda")
 
 
 def phases(count, processes=1):
@@ -406,8 +405,7 @@ def test_forward_is_the_impala_network(arch, image):
 
     logits, aux_values = outputs(agent.policy_trunk, agent.policy_head, agent.aux_value_head)
     (values,) = outputs(agent.value_trunk, agent.value_head)
-    assert logits.shape == (5, 7)
-    assert logits.std(dim=0).min() > 1e-2  # the images do tell
+    assert logits.shape == (5, 7) and logits.std(dim=0).min() > 1e-2  # the images do tell
     expected = (logits, aux_values[:, 0], values[:, 0])
     runs = []
     for trunk in {agent.policy_trunk, agent.value_trunk}:
@@ -415,8 +413,7 @@ def test_forward_is_the_impala_network(arch, image):
     torch.testing.assert_close(tuple(agent(obs)), expected, rtol=1e-4, atol=1e-4)
     without_value = agent(obs, with_value=False)
     without_policy = agent(obs, with_policy=False)
-    assert runs[-2:] == [agent.policy_trunk, agent.value_trunk]
-    assert len(runs) == (4 if arch == "dual" else 3)
+    assert runs[-2:] == [agent.policy_trunk, agent.value_trunk] and len(runs) == (4 if arch == "dual" else 3)
     found = (without_value.logits, without_value.aux_values, without_policy.values)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert without_value.values is without_policy.logits is without_policy.aux_values is None
@@ -754,8 +751,7 @@ def run_update(agent, optimizer, data, args, steps_per_pass=512, auxiliary=False
 
 
 def random_data(agent, num_envs, num_steps):
-    rollout = random_rollout(agent, num_envs, num_steps)
-    return rollout, torch.randn(num_envs, num_steps), torch.randn(num_envs, num_steps)
+    return random_rollout(agent, num_envs, num_steps), *torch.randn(2, num_envs, num_steps)
 
 
 @pytest.mark.parametrize("schedule", ["--e-value 1", "--e-value 2", "--e-policy 2", "auxiliary"])
@@ -812,6 +808,14 @@ def test_passes_in_parts_are_the_whole(tmp_path, auxiliary):
         assert max(passes) == largest
         assert_same_change(new, whole, weights(first), tolerance=1e-3)
         assert metrics == pytest.approx(metrics_of_whole, rel=1e-3, abs=1e-5)
+
+
+def test_updates_leave_no_tensors_behind(tmp_path, monkeypatch):
+    """Small tensors kept from every update would lie between freed activations: gigabytes of the heap in a phase."""
+    updates = spy(monkeypatch, "optimizer_step", lambda _, passes: [weakref.ref(x) for x in passes[0][1].values()])
+    alive = spy(monkeypatch, "batches", lambda *_: sum(ref() is not None for refs in updates for ref in refs))
+    train(tmp_path, *phases(1), "--e-policy", 3, "--e-value", 3, "--e-auxiliary", 6)
+    assert len(updates) == 24 and max(alive) <= len(updates[0])
 
 
 def test_auxiliary_epochs(tmp_path):
@@ -1037,8 +1041,7 @@ def test_processes_stay_equal_but_play_levels_of_their_own(two_processes):
     whole, resumed = (only_run(path / name) for name in ("whole", "resumed"))
     assert_same_run(whole, resumed, "eval/")  # neither a pause nor evaluation and film on one rank matters
     assert [row["global_step"] for row in read_rows(whole)] == [32, 64, 96, 128]  # steps count once
-    assert len((resumed / "evaluations.jsonl").read_text().splitlines()) == 1
-    assert len(list((resumed / "videos").glob("*.mp4"))) == 1
+    assert len((resumed / "evaluations.jsonl").read_text().splitlines()) == len([*resumed.glob("videos/*.mp4")]) == 1
 
 
 def test_two_processes_update_as_one(two_processes):
@@ -1284,7 +1287,6 @@ def test_what_a_run_writes(tmp_path, monkeypatch, capsys, wandb):
     run_dir = only_run(tmp_path)
     said = capsys.readouterr().err
     assert f"{run_dir}: 160 of 180 steps fill iterations, 64 a phase, 64 a checkpoint" in said
-    assert "SPS and the time left count auxiliary phases from the first one on" in said
     assert f'done: {{"episodic_return": {returned["episodic_return"]}, ' in said
     assert re.fullmatch(rf"starpilot__{SCRIPT.stem}__1__\d{{10}}", run_dir.name)
     assert set(contents(run_dir)) == {"config.json", "metrics.jsonl", "checkpoint.pt", "summary.json", SCRIPT.name}
@@ -1375,8 +1377,7 @@ def test_faults(tmp_path, monkeypatch, capsys, function, call, fault, status, se
     finally:
         ppg.resource.setrlimit(FILE_SIZE, limits)
     assert end.value.args[0] == status and re.search(sentence.format(step), capsys.readouterr().err)
-    checkpoints = list(tmp_path.glob("*/checkpoint.pt"))
-    assert [read_checkpoint(path.parent)["run"]["global_step"] for path in checkpoints] == kept
+    assert [read_checkpoint(path.parent)["run"]["global_step"] for path in tmp_path.glob("*/checkpoint.pt")] == kept
 
 
 def test_nan_beside_the_agent(tmp_path, capsys):
@@ -1400,8 +1401,7 @@ def test_advice(tmp_path, monkeypatch, capsys, wandb):
     command, step = stopped(3, *TINY, *phases(3), "--track", "--runs-dir", tmp_path / "my runs")
     run_dir = only_run(tmp_path / "my runs")
     assert command[-2:] == ["--resume", str(run_dir)] and step == 64
-    # The third phase has no checkpoint.
-    command, step = stopped(5, *command, "--total-timesteps", 256, "--checkpoint-interval", 2)
+    command, step = stopped(5, *command, "--total-timesteps", 256, "--checkpoint-interval", 2)  # none in phase 3
     assert command[-2:] == ["--resume", str(run_dir)] and step == 128
     ppg.main(command)
     assert [row["iteration"] for row in read_rows(run_dir)] == [*range(1, 9)]
