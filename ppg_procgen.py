@@ -97,7 +97,8 @@ def number(text: str, kind: type = float, low: float = 0, high: float = 2e9) -> 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line (None: the process's own). Bad input ends it with a sentence and exit status 2."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    show_defaults = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(allow_abbrev=False, formatter_class=show_defaults)
     parser.error = fail
     switch = argparse.BooleanOptionalAction
     count = partial(number, kind=int, low=1)
@@ -859,8 +860,7 @@ class Run(AbstractContextManager):
             remedy = f"last checkpoint: {self.checkpoint_step}; a resumed run would repeat this"
             fail(f"a weight is not finite at step {self.global_step}; {remedy}; try smaller step sizes", 1)
 
-    def write_row(self) -> None:
-        """To metrics.jsonl and wandb."""
+    def write_row(self) -> None:  # to metrics.jsonl and wandb
         row = {name: value for name, value in self.row.items() if value is not None}
         self.row = {}
         if RANK == 0 and row:
