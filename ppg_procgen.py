@@ -464,26 +464,26 @@ def policy_update(agent: Agent, optimizers, rollout, advantages: Tensor, targets
         "advantages": ((advantages - mean) / (variance.sqrt() + 1e-8)).float(),
         "targets": targets,
     }
-    metrics = {}
+    totals = {}
     epochs = ["value"] * args.e_value + ["policy"] * args.e_policy
     if args.e_policy == args.e_value:  # one Adam takes both losses: departure 4
         epochs = ["policy_and_value"] * args.e_policy
     for losses in epochs:
-        epoch_metrics = {}
+        epoch_totals = {}
         loss_function = partial(policy_phase_loss, agent=agent, losses=losses, args=args)
         # Minibatches are whole environments, not shuffled steps: one contiguous copy each (departure 4).
         for minibatch in torch.randperm(args.num_envs).split(args.num_envs // args.num_minibatches):
             passes = batches(data, minibatch, args.steps_per_pass, targets.device)
-            step_metrics = optimizer_step(optimizers[losses], loss_function, passes, args.max_grad_norm)
-            add_metrics(epoch_metrics, step_metrics)
-            add_metrics(metrics, step_metrics)
+            metrics = optimizer_step(optimizers[losses], loss_function, passes, args.max_grad_norm)
+            add_metrics(epoch_totals, metrics)
+            add_metrics(totals, metrics)
         checks_kl = args.target_kl is not None and losses != "value"
-        if checks_kl and mean_metrics(epoch_metrics)["losses/approx_kl"] > args.target_kl:
+        if checks_kl and mean_metrics(epoch_totals)["losses/approx_kl"] > args.target_kl:
             break
     error_variance = (targets - rollout.values[:, :-1]).var(correction=0)
     explained_variance = 1 - error_variance / targets.var(correction=0).clamp_min(1e-8)
-    add_metrics(metrics, [(1, {"losses/explained_variance": explained_variance})])
-    return mean_metrics(metrics)
+    totals["losses/explained_variance"] = (explained_variance, 1)
+    return mean_metrics(totals)
 
 
 def auxiliary_phase_loss(batch: dict, *, agent: Agent, args: argparse.Namespace) -> tuple[Tensor, dict]:
@@ -511,14 +511,14 @@ def auxiliary_phase(agent: Agent, optimizer, observations: Tensor, targets: Tens
             for _, batch in batches(data, minibatch, args.steps_per_pass, targets.device):
                 old_logits.append(agent(batch["obs"], auxiliary_phase=True, with_value=False).logits)
     data["old_logits"] = torch.cat(old_logits).view(num_segments, num_steps, -1)
-    metrics = {}
+    totals = {}
     loss_function = partial(auxiliary_phase_loss, agent=agent, args=args)
     epochs = torch.cat([torch.randperm(num_segments) for _ in range(args.e_auxiliary)])
     minibatches = epochs.split(args.num_aux_rollouts)
     for minibatch in show_progress(minibatches, desc="auxiliary phase: ", unit="update"):
         passes = batches(data, minibatch, args.steps_per_pass, targets.device)
-        add_metrics(metrics, optimizer_step(optimizer, loss_function, passes))
-    return mean_metrics(metrics)
+        add_metrics(totals, optimizer_step(optimizer, loss_function, passes))
+    return mean_metrics(totals)
 
 
 # ---- training --------------------------------------------------------------------------------------
@@ -589,7 +589,7 @@ def batches(data: dict, segments: Tensor, steps_per_pass: int, device) -> Iterat
 
 
 def add_metrics(totals: dict, passes: list[tuple[float, dict[str, Tensor]]]) -> None:
-    """Adds passes to sums and weights. Kept one by one, small tensors would cut a CPU's heap to pieces."""
+    """Adds passes to {name: (sum, weight)}: kept one by one, small tensors would fragment a CPU's heap."""
     for share, metrics in passes:
         for name, value in metrics.items():
             total, weight = totals.get(name, (0, 0))
