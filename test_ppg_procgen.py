@@ -1577,8 +1577,8 @@ def test_readme(on_levels, evaluated, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {}
     exec(snippet, names)  # noqa: S102 (it draws the README's own picture)
-    names["draw"](names["panels"][0], "this run", [str(evaluated / "metrics.jsonl")])
-    _, figures = names["panels"][0].lines[-1].get_data()
+    names["draw"](names["axes"], "this run", [str(evaluated / "metrics.jsonl")])
+    _, figures = names["axes"].lines[-1].get_data()
     np.testing.assert_array_equal(figures, [row.get("charts/episodic_return", np.nan) for row in read_rows(evaluated)])
     assert (tmp_path / "curves.png").stat().st_size > 10_000
 
