@@ -1,48 +1,51 @@
-"""Phasic Policy Gradient (PPG) on Procgen, in one file.
+# SPDX-License-Identifier: MIT
+# Copyright (c) 2026 the authors of ppg_procgen.py
+"""Phasic Policy Gradient (PPG) on Procgen, in one file: P, the paper, is Cobbe et al. 2020, arXiv 2009.04416.
 
-Cobbe, Hilton, Klimov, Schulman 2020, arXiv 2009.04416. A policy and a value function that share a network
-disturb each other; in two networks, neither learns features for the other. PPG trains two as PPO does, then
-distils the values into the policy network, while a KL term holds the policy in place.
+A policy and a value function that share a network disturb each other; in two networks, neither learns features
+for the other. PPG trains two networks as PPO does, then distils the values into the policy network, while a KL
+term holds the policy in place. Algorithm 1 of the paper, and the function that does it:
 
-Algorithm 1 of the paper, and the function that does it:
     for phase = 1, 2, ...                                                      train
         for iteration = 1 .. N_pi                                              (policy phase)
             perform rollouts under the current policy pi                       collect_rollout
             compute the value targets and the advantages                       compute_gae
             E_pi epochs of L_clip + beta_S S[pi], E_V epochs of L_value        policy_update
-        store pi_old(. | s) for every state s of the phase                     auxiliary_phase
+            add the states and their value targets to the buffer B             train
+        store pi_old(. | s) for every state s in B                             auxiliary_phase
         E_aux epochs of L_joint = L_aux + beta_clone KL[pi_old, pi], L_value   auxiliary_phase
 
-Shapes: N environments per process, T steps of a rollout, A actions, B samples. A segment is what one
-environment does in one rollout, T steps; minibatches are made of whole segments, S = N_pi x N in a phase.
-The lesson ends with `train`; below it stands what makes it practical. Run `python ppg_procgen.py --track`;
-PPO is `--arch shared --e-policy 3 --e-value 3 --e-auxiliary 0`; `--help` lists all flags.
-
-Departures from the paper (P) and the original code (O), github.com/openai/phasic-policy-gradient:
- 1. O: under --arch detach the auxiliary phase's value loss reaches the trunk, as in P; O stops it always.
- 2. P: rewards are divided by the standard deviation of a return of discount 0.99, not gamma, and clipped, as
-    in O. Over several processes the returns are pooled; O averages the variances of the processes.
- 3. P: initial weights are rescaled to fixed norms; advantages are normalised over the rollout; as in O.
- 4. P: minibatches are whole segments; one Adam takes both losses if E_pi = E_V, else values first; as in O.
- 5. P: the penalty of the KL variant is the estimate 0.5 E[log-ratio^2], as in O.
- 6. P, O: trunks run in bfloat16 where that is fast, on a GPU in the auxiliary phase alone (--precision).
- 7. O: the number of iterations is rounded down, and every full phase ends with its auxiliary phase; O rounds
-    up, and skips the auxiliary phase once the steps are used up.
- 8. P, O: minibatches of more than --steps-per-pass steps pass through the network in parts.
+Words: a step is one of the environment. A rollout is T steps in each of N environments, a segment those of one of
+them. A minibatch is a set of segments on which the weights move once, a pass the part of it that goes through the
+network at a time. N is that of one process, A the number of actions. The lesson ends with `train`. O is the
+authors' code, github.com/openai/phasic-policy-gradient; README.md lists where this file departs from P and O.
 """
+# /// script
+# requires-python = ">=3.10,<3.13"
+# dependencies = [
+#     "procgen==0.10.7; python_version < '3.11'", "procgen-mirror==0.10.7; python_version >= '3.11'",
+#     "torch==2.13.0", "gym==0.26.2", "numpy==1.26.4", "tqdm==4.70.1", "wandb==0.31.0", "imageio==2.22.4",
+#     "setuptools==80.9.0",
+# ]
+# ///
 
 import argparse
+import collections
 import ctypes
+import dataclasses
+import fcntl
 import io
 import json
 import math
 import os
+import resource
+import shlex
 import shutil
 import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import timedelta
 from functools import partial
@@ -55,7 +58,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributions import Categorical, kl_divergence
+from torch.distributions import Categorical, Distribution
 from tqdm import tqdm
 
 gym_notices.notices.notices.clear()  # or gym prints a page about its successor
@@ -63,42 +66,14 @@ import gym
 from gym3 import VideoRecorderWrapper
 from procgen import ProcgenGym3Env
 
-try:
-    import fcntl
-    import resource
-except ImportError:  # Windows: no lock on the run directory, no peak memory in the summary
-    fcntl = resource = None
-
-torch.distributions.Distribution.set_default_validate_args(False)  # it synchronises a GPU at every call
-RANK = int(os.environ.get("RANK", "0"))  # these four are set by torchrun
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
-LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-RETURN_RANGES = {  # R_min, R_max: easy, then hard (Cobbe et al. 2019, arXiv 1912.01588, appendix C)
-    "bigfish": (1, 40, 0, 40), "bossfight": (0.5, 13, 0.5, 13), "caveflyer": (3.5, 12, 2, 13.4),
-    "chaser": (0.5, 13, 0.5, 14.2), "climber": (2, 12.6, 1, 12.6), "coinrun": (5, 10, 5, 10),
-    "dodgeball": (1.5, 19, 1.5, 19), "fruitbot": (-1.5, 32.4, -0.5, 27.2), "heist": (3.5, 10, 2, 10),
-    "jumper": (3, 10, 1, 10), "leaper": (3, 10, 1.5, 10), "maze": (5, 10, 4, 10),
-    "miner": (1.5, 13, 1.5, 20), "ninja": (3.5, 10, 2, 10), "plunder": (4.5, 30, 3, 30),
-    "starpilot": (2.5, 64, 1.5, 35)}  # fmt: skip
+Distribution.set_default_validate_args(False)  # it synchronises a GPU at every call
 
 
 # ---- flags -----------------------------------------------------------------------------------------
-def number(text: str, kind: type = float, low: float = 0, high: float = 2e9) -> float:
-    """The value of a flag: an int (1e6 is one too) or a float in [low, high]."""
-    with suppress(ValueError):
-        value = float(text)
-        if low <= value <= high and value == kind(value):  # a NaN is refused by the first
-            return kind(value)
-    name = "a whole number" if kind is int else "a number"
-    raise argparse.ArgumentTypeError(f"must be {name} from {low:g} to {high:g}, not {text}")
-
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line (None: the process's own). Bad input ends it with a sentence and exit status 2."""
-    show_defaults = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(allow_abbrev=False, formatter_class=show_defaults)
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     parser.error = fail
     switch = argparse.BooleanOptionalAction
     count = partial(number, kind=int, low=1)
@@ -120,19 +95,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_source("--resume", metavar="RUN_DIR", help="continue the run in this directory, with its flags")
     add_source("--evaluate", metavar="RUN_DIR", help="play the checkpoint in this directory, train nothing")
     add("--eval-interval", type=count_or_0, default=0, help="phases between evaluations; 0 = none")
-    add("--eval-episodes", type=count, default=100, help="episodes of an evaluation, on each level set")
+    add("--eval-episodes", type=count_or_0, default=100, help="episodes of an evaluation, on each level set")
 
     add = parser.add_argument_group("environment").add_argument
-    add("--env-id", choices=RETURN_RANGES, default="starpilot", metavar="GAME", help=", ".join(RETURN_RANGES))
-    add("--distribution-mode", choices=("easy", "hard"), default="easy", help="kind of levels")
-    add("--num-levels", type=count_or_0, default=0, help="training levels; 0 = all")
-    add("--start-level", type=count_or_0, default=0, help="the first of them; unused if they are all")
+    add_environment_flags(add)
     add("--num-envs", type=count, default=64, help="N: environments per process")
-    add("--env-threads", type=count, default=4, help="simulator threads per process")
     add("--total-timesteps", type=count, default=25_000_000, help="steps of all processes together")
 
     add = parser.add_argument_group("policy phase").add_argument
-    add("--arch", choices=("dual", "detach", "shared"), default="dual", help="two networks; one; PPO's one")
+    archs = "dual = two networks; detach = one, which value gradients reach in the auxiliary phase alone; "
+    archs += "shared = one that they always reach: PPO, with --e-policy 3 --e-value 3 --e-auxiliary 0"
+    add("--arch", choices=("dual", "detach", "shared"), default="dual", help=archs)
     add("--num-steps", type=count, default=256, help="T: steps of a rollout")
     add("--n-iteration", type=count, default=32, help="N_pi: policy iterations per phase")
     add("--e-policy", type=count, default=1, help="E_pi: policy epochs per iteration")
@@ -150,30 +123,35 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--ent-coef", type=number, default=0.01, help="beta_S: weight of the entropy bonus")
     add("--vf-coef", type=number, default=0.5, help="weight of the value head's squared error")
     add("--max-grad-norm", type=number, default=0.0, help="clips the gradient's L2 norm; 0 = off")
-    add("--target-kl", type=number, help="no more policy epochs (of both, if one Adam) past this approx_kl")
 
     add = parser.add_argument_group("auxiliary phase").add_argument
     add("--e-auxiliary", type=count_or_0, default=6, help="E_aux: epochs; 0 = no auxiliary phase")
     add("--beta-clone", type=number, default=1.0, help="beta_clone: weight of KL[pi_old, pi]")
-    add("--aux-vf-coef", type=number, default=1.0, help="weight of the value head's loss")
+    add("--aux-vf-coef", type=number, default=1.0, help="weight of half the value head's squared error")
     add("--aux-learning-rate", type=number, default=5e-4, help="Adam step size of the auxiliary phase")
     add("--num-aux-rollouts", type=count, default=4, help="segments (T steps each) in a minibatch")
 
     add = parser.add_argument_group("system").add_argument
-    add("--precision", choices=("auto", "bf16", "bf16-aux", "fp32"), default="auto", help="uses of bfloat16")
-    add("--steps-per-pass", type=count_or_0, default=0, help="bounds the memory of activations; 0 = auto")
-    add("--aux-buffer-device", choices=("auto", "cpu"), default="auto", help="home of observations")
+    precisions = "bfloat16 in the trunks: bf16 = always, bf16-aux = in the auxiliary phase, fp32 = never; "
+    precisions += "auto = where it is fast, decided when the run begins"
+    add("--precision", choices=("auto", "bf16", "bf16-aux", "fp32"), default="auto", help=precisions)
+    passes = "segments in a pass at most: bounds the memory of activations; 0 = by device and T"
+    add("--segments-per-pass", type=count_or_0, default=0, help=passes)
 
     args = parser.parse_args(argv)
     if args.resume is not None or args.evaluate is not None:
         args = with_flags_of_run(args, parser, argv)
     iteration_steps = args.num_envs * args.num_steps * WORLD_SIZE
+    if set(args.exp_name) & set("/\\#?%:"):  # it becomes a part of a path, and of an id of wandb
+        parser.error(f"--exp-name must be without / \\ # ? % and :, not {args.exp_name}")
     if args.num_envs % args.num_minibatches:
         parser.error(f"--num-minibatches must divide --num-envs, {args.num_envs}")
     if args.total_timesteps < iteration_steps:
         parser.error(f"--total-timesteps must be at least one rollout, {iteration_steps} steps")
     if args.e_auxiliary and args.num_envs * args.n_iteration % args.num_aux_rollouts:
         parser.error(f"--num-aux-rollouts must divide N x N_pi, {args.num_envs * args.n_iteration}")
+    if args.eval_interval and args.eval_episodes == 0:
+        parser.error("--eval-interval needs --eval-episodes of at least 1")
     return args
 
 
@@ -209,9 +187,9 @@ def impala_trunk(image_shape: tuple[int, int, int], num_features: int) -> nn.Seq
 
 
 class Output(NamedTuple):  # all float32; None where it was not asked for
-    logits: Tensor | None  # [B, A]: of the policy
-    aux_values: Tensor | None  # [B]: of the auxiliary value head, on the policy's trunk
-    values: Tensor | None  # [B]: of the value head
+    policy: Tensor | None  # [..., A]: the policy's logits; action_distribution() makes a distribution of them
+    aux_values: Tensor | None  # [...]: of the auxiliary value head, on the policy's trunk
+    values: Tensor | None  # [...]: of the value head
 
 
 class Agent(nn.Module):
@@ -219,41 +197,93 @@ class Agent(nn.Module):
 
     def __init__(self, obs_space: gym.Space, action_space: gym.Space, arch: str, precision: str = "fp32"):
         super().__init__()
+        shape = obs_space.shape
+        if obs_space.dtype != np.uint8 or len(shape) != 3 or shape[2] > min(shape):
+            raise ValueError(f"observations must be uint8 [H, W, C], not {obs_space.dtype} {list(shape)}")
         self.arch = arch
         self.precision = precision
         num_features = 256
-        self.policy_trunk = impala_trunk(obs_space.shape, num_features)
+        self.policy_trunk = impala_trunk(shape, num_features)
         self.value_trunk = self.policy_trunk
         if arch == "dual":
-            self.value_trunk = impala_trunk(obs_space.shape, num_features)
+            self.value_trunk = impala_trunk(shape, num_features)
         self.policy_head = normed(nn.Linear(num_features, int(action_space.n)), 0.1)
         self.value_head = normed(nn.Linear(num_features, 1), 0.1)
         self.aux_value_head = normed(nn.Linear(num_features, 1), 0.1)
         self.to(memory_format=torch.channels_last)
 
     def forward(self, obs: Tensor, *, auxiliary_phase=False, with_policy=True, with_value=True) -> Output:
-        """obs [B, H, W, C] uint8. Computes only what the requested outputs need."""
+        """obs [..., H, W, C] uint8: [N, ...] in a rollout, [segments, T, ...] in an update."""
+        batch_shape = obs.shape[:-3]
         bf16 = self.precision == "bf16" or (self.precision == "bf16-aux" and auxiliary_phase)
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=bf16):
             # Permuted NHWC is channels_last NCHW already. A contiguous copy would halve the speed.
-            images = obs.permute(0, 3, 1, 2).to(torch.bfloat16 if bf16 else torch.float32) / 255
+            images = obs.flatten(0, -4).permute(0, 3, 1, 2)
+            images = images.to(torch.bfloat16 if bf16 else torch.float32) / 255
             if with_policy or self.arch != "dual":
                 policy_features = self.policy_trunk(images).float()
                 value_features = policy_features  # of the one trunk, unless there are two
             if with_value and self.arch == "dual":
                 value_features = self.value_trunk(images).float()
-        logits = aux_values = values = None
+        policy = aux_values = values = None
         if with_policy:
-            logits = self.policy_head(policy_features)
-            aux_values = self.aux_value_head(policy_features).squeeze(-1)
+            policy = self.policy_head(policy_features).unflatten(0, batch_shape)
+            aux_values = self.aux_value_head(policy_features).view(batch_shape)
         if with_value:
+            # Of one network, values may shape the features in the auxiliary phase alone, where the KL term holds
+            # the policy still meanwhile (P, section 3.5).
             if self.arch == "detach" and not auxiliary_phase:
-                value_features = value_features.detach()  # not so in the auxiliary phase: departure 1
-            values = self.value_head(value_features).squeeze(-1)
-        return Output(logits, aux_values, values)
+                value_features = value_features.detach()
+            values = self.value_head(value_features).view(batch_shape)
+        return Output(policy, aux_values, values)
 
 
-# ---- environments ----------------------------------------------------------------------------------
+def action_distribution(policy: Tensor) -> Distribution:
+    """pi(. | s), from the output of the policy head [..., A]."""
+    return Categorical(logits=policy)
+
+
+# ---- environments: all that is Procgen's -----------------------------------------------------------
+RETURN_RANGES = {  # R_min, R_max: easy, then hard (Cobbe et al. 2019, arXiv 1912.01588, appendix C)
+    "bigfish": (1, 40, 0, 40), "bossfight": (0.5, 13, 0.5, 13), "caveflyer": (3.5, 12, 2, 13.4),
+    "chaser": (0.5, 13, 0.5, 14.2), "climber": (2, 12.6, 1, 12.6), "coinrun": (5, 10, 5, 10),
+    "dodgeball": (1.5, 19, 1.5, 19), "fruitbot": (-1.5, 32.4, -0.5, 27.2), "heist": (3.5, 10, 2, 10),
+    "jumper": (3, 10, 1, 10), "leaper": (3, 10, 1.5, 10), "maze": (5, 10, 4, 10),
+    "miner": (1.5, 13, 1.5, 20), "ninja": (3.5, 10, 2, 10), "plunder": (4.5, 30, 3, 30),
+    "starpilot": (2.5, 64, 1.5, 35)}  # fmt: skip
+GAMES = tuple(RETURN_RANGES)
+
+
+def add_environment_flags(add: Callable) -> None:
+    level = partial(number, kind=int, high=10**9)  # Procgen's levels are numbered up to 2**31
+    add("--env-id", choices=GAMES, default="starpilot", metavar="GAME", help=", ".join(GAMES))
+    add("--distribution-mode", choices=("easy", "hard"), default="easy", help="kind of levels")
+    add("--num-levels", type=level, default=0, help="training levels; 0 = all")
+    add("--start-level", type=level, default=0, help="the first of them; unused if they are all")
+    threads = partial(number, kind=int, low=1)
+    add("--env-threads", type=threads, default=4, help="simulator threads per process")
+
+
+def level_sets(args: argparse.Namespace, run_flags: dict) -> dict[str, dict]:
+    """What an evaluation of the run with these flags plays, by name: options for make_envs."""
+    chosen_levels = {"num_levels": args.num_levels, "start_level": args.start_level}
+    all_levels = {"num_levels": 0, "start_level": 0}
+    if any(run_flags[name] != value for name, value in chosen_levels.items()):
+        return {"chosen_levels": chosen_levels}
+    if args.num_levels == 0:
+        return {"all_levels": all_levels}
+    return {"train_levels": chosen_levels, "all_levels": all_levels}
+
+
+def normalized_return(args: argparse.Namespace, episodic_return: float) -> float | None:
+    """(return - R_min) / (R_max - R_min); None for environments without a range."""
+    if args.env_id not in RETURN_RANGES:
+        return None
+    easy_low, easy_high, hard_low, hard_high = RETURN_RANGES[args.env_id]
+    low, high = (hard_low, hard_high) if args.distribution_mode == "hard" else (easy_low, easy_high)
+    return (episodic_return - low) / (high - low)
+
+
 class ProcgenVecEnv(gym.vector.VectorEnv):
     """Procgen environments that step together. `film`: options of gym3's recorder of environment 0."""
 
@@ -276,41 +306,80 @@ class ProcgenVecEnv(gym.vector.VectorEnv):
         return obs["rgb"], rewards, terminated, np.zeros_like(terminated), {}
 
 
-def make_envs(args: argparse.Namespace, *, num_envs: int, num_levels: int, film: dict | None = None):
-    """The environments of training, evaluation and film: the one place that knows Procgen.
+def make_envs(args, *, num_envs: int, levels: dict | None = None, film: dict | None = None):
+    """The environments of training, evaluation and film. levels: an entry of level_sets; None = training's.
 
-    Needed is a gym.vector.VectorEnv of uint8 images [N, H, W, C] and discrete actions that begins the next
-    episode in the step that ends one. With get_state() and set_state(state), a resumed run is exact.
+    Needed is a gym or gymnasium vector environment, channels last, with rewards as the game gives them. The step
+    that ends an episode shows the first observation of the next (AutoresetMode.SAME_STEP); where a time limit
+    ended it, info["final_obs"][i] is its last one. With get_state() and set_state(state) resumed runs are exact:
+    all that decides what comes next, random numbers too, as numbers, strings, bytes, tensors, lists and dicts.
+    check_envs of the test file plays them and says what is missing.
     """
+    levels = levels or {"num_levels": args.num_levels, "start_level": args.start_level}
     options = {"env_name": args.env_id, "distribution_mode": args.distribution_mode}
-    options |= {"num_levels": num_levels, "start_level": args.start_level, "num_threads": args.env_threads}
-    return ProcgenVecEnv(num_envs, film, **options)
+    return ProcgenVecEnv(num_envs, film, num_threads=args.env_threads, **options, **levels)
 
 
-class EpisodeTracker:
-    """Environments between two steps: what they show, and the return and length of each running episode."""
+# ---- environments: what every suite needs ----------------------------------------------------------
+class Episode(NamedTuple):  # one that ended
+    step: int  # of its tracker, counted from the start
+    env: int
+    episodic_return: float  # undiscounted, as the game gives it
+    length: int
+
+
+class Step(NamedTuple):
+    rewards: Tensor  # [N]
+    episodes: list[Episode]
+    final_obs: dict[int, Tensor]  # by environment: the last observation of an episode that a time limit ended
+
+
+class EpisodeTracker(nn.Module):
+    """Owns the environments: steps them, and holds what lives from one step to the next, to be saved.
+
+    The memory of a recurrent network belongs here, as a buffer more: an evaluation has a tracker of its own.
+    """
 
     def __init__(self, envs: gym.vector.VectorEnv, seed: int):
+        super().__init__()
         self.envs = envs
-        self.obs = torch.from_numpy(envs.reset(seed=seed)[0])  # [N, H, W, C] uint8
-        assert self.obs.dtype == torch.uint8 and self.obs.ndim == 4, "observations must be bytes [N, H, W, C]"
-        self.returns = torch.zeros(envs.num_envs, dtype=torch.float64)  # undiscounted, as the game gives them
-        self.lengths = torch.zeros(envs.num_envs, dtype=torch.long)  # 0: the observation opens an episode
+        obs = torch.from_numpy(envs.reset(seed=seed)[0])  # [N, ...]
+        space = envs.single_observation_space
+        if obs.shape[1:] != space.shape or obs.dtype != torch_dtype(space):
+            raise ValueError(f"observations are {obs.dtype} {list(obs.shape)}, their space is {space}")
+        self.num_steps = 0
+        self.register_buffer("obs", obs)
+        self.register_buffer("returns", torch.zeros(envs.num_envs, dtype=torch.float64))
+        self.register_buffer("lengths", torch.zeros(envs.num_envs, dtype=torch.long))  # 0: an episode opens
 
-    def step(self, actions: Tensor) -> tuple[Tensor, list[tuple[int, float, int]]]:
-        """actions [N] -> rewards [N], and (environment, return, length) of the episodes that ended."""
-        obs, rewards, terminated, truncated, _ = self.envs.step(actions.cpu().numpy())
+    def step(self, actions: Tensor) -> Step:
+        """actions [N, ...], on any device."""
+        obs, rewards, terminated, truncated, info = self.envs.step(actions.cpu().numpy())
         self.obs = torch.from_numpy(obs)
-        # Both end an episode; Procgen never truncates. For a suite that does, return `truncated` too, and let
-        # `train` add gamma x V(final observation) to such a step's reward, once the rewards are normalised.
-        done = torch.from_numpy(np.logical_or(terminated, truncated))
         rewards = torch.as_tensor(rewards, dtype=torch.float32)
+        self.num_steps += 1
         self.returns += rewards
         self.lengths += 1
-        ended = [(i, self.returns[i].item(), self.lengths[i].item()) for i in done.nonzero()[:, 0].tolist()]
-        self.returns[done] = 0
-        self.lengths[done] = 0
-        return rewards, ended
+        done = np.logical_or(terminated, truncated)
+        episodes = []
+        for i in done.nonzero()[0].tolist():
+            episodes.append(Episode(self.num_steps, i, self.returns[i].item(), self.lengths[i].item()))
+            self.returns[i] = 0
+            self.lengths[i] = 0
+        cut_short = np.logical_and(truncated, np.logical_not(terminated)).nonzero()[0].tolist()
+        final_obs = {i: torch.as_tensor(info["final_obs"][i], dtype=self.obs.dtype) for i in cut_short}
+        return Step(rewards, episodes, final_obs)
+
+    def get_extra_state(self) -> dict:
+        envs_state = self.envs.get_state() if hasattr(self.envs, "get_state") else None
+        return {"num_steps": self.num_steps, "envs": envs_state}
+
+    def set_extra_state(self, state: dict) -> None:
+        self.num_steps = state["num_steps"]
+        if state["envs"] is None:
+            say("these environments have no get_state: they start anew")
+        else:
+            self.envs.set_state(state["envs"])
 
 
 class RewardNormalizer(nn.Module):
@@ -336,40 +405,53 @@ class RewardNormalizer(nn.Module):
 
 
 # ---- mathematics -----------------------------------------------------------------------------------
-def compute_gae(*, rewards: Tensor, values: Tensor, firsts: Tensor, gamma: float, gae_lambda: float) -> tuple:
+def compute_gae(*, rewards, values, final_values, firsts, gamma: float, gae_lambda: float) -> tuple:
     """Generalised advantage estimation (Schulman et al. 2016, eq. 16).
 
     rewards [N, T]: of the step from s_t. values [N, T+1]: V(s_t), the last column bootstraps.
+    final_values [N, T]: where a time limit ended the episode with step t, the value of its last observation.
     firsts [N, T+1]: 1 where s_t opens an episode, so nothing is carried across it.
     Returns advantages and value targets, each [N, T].
     """
     assert values.shape == firsts.shape == (rewards.shape[0], rewards.shape[1] + 1)
+    assert final_values.shape == rewards.shape
     advantages = torch.empty_like(rewards)
     advantage = torch.zeros_like(rewards[:, 0])
     for t in reversed(range(rewards.shape[1])):
         goes_on = 1 - firsts[:, t + 1]
-        delta = rewards[:, t] + gamma * goes_on * values[:, t + 1] - values[:, t]
+        next_values = goes_on * values[:, t + 1] + final_values[:, t]
+        delta = rewards[:, t] + gamma * next_values - values[:, t]
         advantage = delta + gamma * gae_lambda * goes_on * advantage
         advantages[:, t] = advantage
     return advantages, advantages + values[:, :-1]
 
 
-def policy_loss(*, logits, actions, old_log_probs, advantages, clip_coef: float, kl_coef: float) -> tuple:
-    """PPO's surrogate, clipped unless clip_coef is 0, and the penalty of the KL variant (departure 5).
+def surrogate_loss(log_ratio: Tensor, advantages: Tensor, *, clip_coef: float) -> Tensor:
+    """-L_clip: PPO's surrogate (Schulman et al. 2017, eq. 7), to be minimised; unclipped if clip_coef is 0.
 
-    logits [B, A], all else [B]. Returns the loss and metrics. KL estimates: joschu.net/blog/kl-approx.html.
+    log_ratio [...]: log pi(a | s) - log pi_rollout(a | s). advantages [...]. Returns the mean.
     """
-    assert actions.shape == old_log_probs.shape == advantages.shape == logits.shape[:1]
-    pi = Categorical(logits=logits)
-    log_ratio = pi.log_prob(actions) - old_log_probs
+    assert log_ratio.shape == advantages.shape
     ratio = log_ratio.exp()
     surrogate = ratio * advantages
     if clip_coef > 0:
         surrogate = torch.min(surrogate, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantages)
-    loss = -surrogate.mean() + kl_coef * 0.5 * log_ratio.square().mean()
-    return loss, {
-        "losses/policy_loss": loss,
-        "losses/entropy": pi.entropy().mean(),
+    return -surrogate.mean()
+
+
+def kl_from_old_policy(old_policy: Tensor, policy: Tensor) -> Tensor:
+    """KL[pi_old, pi] in nats, the mean over the states. Both [..., A]: outputs of the policy head."""
+    assert old_policy.shape == policy.shape
+    log_probs = policy.log_softmax(-1)
+    old_log_probs = old_policy.log_softmax(-1)
+    return F.kl_div(log_probs, old_log_probs, reduction="none", log_target=True).sum(-1).mean()
+
+
+def ratio_metrics(log_ratio: Tensor, clip_coef: float) -> dict[str, Tensor]:
+    """How far the policy is from that of the rollout. KL estimates: joschu.net/blog/kl-approx.html."""
+    log_ratio = log_ratio.detach()
+    ratio = log_ratio.exp()
+    return {
         "losses/approx_kl": (ratio - 1 - log_ratio).mean(),
         "losses/old_approx_kl": -log_ratio.mean(),
         "losses/clipfrac": ((ratio - 1).abs() > clip_coef).float().mean(),
@@ -378,85 +460,56 @@ def policy_loss(*, logits, actions, old_log_probs, advantages, clip_coef: float,
 
 # ---- phases ----------------------------------------------------------------------------------------
 class Rollout(NamedTuple):  # rewards and firsts are on the host, the rest on the device
-    observations: Tensor  # [N, T, H, W, C] uint8: s_t, in the phase's buffer, which may be on the host
-    actions: Tensor  # [N, T] int64: a_t
+    observations: Tensor  # [N, T, ...]: s_t, in the phase's buffer, which may be on the host
+    actions: Tensor  # [N, T, ...]: a_t
     log_probs: Tensor  # [N, T]: log pi(a_t | s_t)
     values: Tensor  # [N, T+1]: V(s_t)
+    final_values: Tensor  # [N, T]: as compute_gae takes them
     rewards: Tensor  # [N, T]: of the step from s_t
     firsts: Tensor  # [N, T+1]: 1 where s_t opens an episode
-    episodes: list[tuple[int, float, int]]  # step, return and length of those that ended
+    episodes: list[Episode]  # those that ended
 
 
 @torch.no_grad()
 def collect_rollout(agent: Agent, tracker: EpisodeTracker, observations: Tensor, device) -> Rollout:
-    """Plays T steps from where `tracker` is, and writes what it sees to observations [N, T, H, W, C]."""
+    """Plays T steps from where `tracker` is, and writes what it sees to observations [N, T, ...]."""
     num_envs, num_steps = observations.shape[:2]
-    actions = torch.empty((num_envs, num_steps), dtype=torch.long, device=device)
+    action_space = tracker.envs.single_action_space
+    actions_shape = (num_envs, num_steps, *action_space.shape)
+    actions = torch.empty(actions_shape, dtype=torch_dtype(action_space), device=device)
     log_probs = torch.empty((num_envs, num_steps), device=device)
     values = torch.empty((num_envs, num_steps + 1), device=device)
+    final_values = torch.zeros((num_envs, num_steps), device=device)
     rewards = torch.empty((num_envs, num_steps))
     firsts = torch.empty((num_envs, num_steps + 1))
     episodes = []
     for t in range(num_steps):
         observations[:, t] = tracker.obs
         firsts[:, t] = tracker.lengths == 0
-        output = agent(observations[:, t].to(device))
-        pi = Categorical(logits=output.logits)
+        output = agent(tracker.obs.to(device))
+        pi = action_distribution(output.policy)
         actions[:, t] = pi.sample()
         log_probs[:, t] = pi.log_prob(actions[:, t])
         values[:, t] = output.values
-        rewards[:, t], ended = tracker.step(actions[:, t])
-        episodes += [(t, episode_return, length) for _, episode_return, length in ended]
+        step = tracker.step(actions[:, t])
+        rewards[:, t] = step.rewards
+        episodes += step.episodes
+        for i, final_obs in step.final_obs.items():
+            final_values[i, t] = agent(final_obs[None].to(device), with_policy=False).values[0]
     firsts[:, -1] = tracker.lengths == 0
     values[:, -1] = agent(tracker.obs.to(device), with_policy=False).values
-    return Rollout(observations, actions, log_probs, values, rewards, firsts, episodes)
+    return Rollout(observations, actions, log_probs, values, final_values, rewards, firsts, episodes)
 
 
-def optimizer_step(optimizer, loss_function: Callable, passes: Iterable, max_grad_norm: float = 0) -> list:
-    """A step on a minibatch's mean loss; `passes`: its parts, (share of it, batch). Returns their metrics."""
-    metrics_of_passes = []
-    optimizer.zero_grad()
-    for share, batch in passes:
-        loss, metrics = loss_function(batch)
-        (share * loss).backward()
-        metrics_of_passes.append((share, {name: value.detach() for name, value in metrics.items()}))
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for parameter in parameters:
-        if WORLD_SIZE > 1 and parameter.grad is not None:
-            sum_over_processes(parameter.grad).div_(WORLD_SIZE)
-    if max_grad_norm > 0:
-        nn.utils.clip_grad_norm_(parameters, max_grad_norm)
-    optimizer.step()
-    return metrics_of_passes
+def policy_update(agent: Agent, optimizers, rollout, advantages, targets, args, max_segments: int) -> dict:
+    """E_pi policy epochs and E_V value epochs on a rollout; advantages, value targets [N, T]. Returns metrics.
 
-
-def policy_phase_loss(batch: dict, *, agent: Agent, losses: str, args) -> tuple[Tensor, dict]:
-    """The loss of an epoch, and metrics. losses: "policy", "value" or "policy_and_value"."""
-    learn_policy = losses != "value"
-    learn_value = losses != "policy"
-    output = agent(batch["obs"], with_policy=learn_policy, with_value=learn_value)
-    loss = 0
-    metrics = {}
-    if learn_policy:
-        surrogate_loss, metrics = policy_loss(
-            logits=output.logits,
-            actions=batch["actions"],
-            old_log_probs=batch["old_log_probs"],
-            advantages=batch["advantages"],
-            clip_coef=args.clip_coef,
-            kl_coef=args.kl_coef,
-        )
-        loss = loss + surrogate_loss - args.ent_coef * metrics["losses/entropy"]
-    if learn_value:
-        value_loss = args.vf_coef * F.mse_loss(output.values, batch["targets"])
-        loss = loss + value_loss
-        metrics["losses/value_loss"] = value_loss
-    return loss, metrics
-
-
-def policy_update(agent: Agent, optimizers, rollout, advantages: Tensor, targets: Tensor, args) -> dict:
-    """The epochs of one iteration over its rollout; advantages and value targets [N, T]. Returns metrics."""
+    The surrogate holds for actions of almost the present policy: it needs fresh data, and bears few epochs (P,
+    section 3.2). Values are regressed on targets that stay true for longer: E_V may exceed E_pi (section 3.3).
+    """
     mean, variance = mean_and_variance(global_sums(advantages))
+    # What a loss draws at random, an augmentation say, is drawn here, as an entry with a row for each segment:
+    # then it does not depend on the size of passes.
     data = {
         "obs": rollout.observations,
         "actions": rollout.actions,
@@ -464,142 +517,222 @@ def policy_update(agent: Agent, optimizers, rollout, advantages: Tensor, targets
         "advantages": ((advantages - mean) / (variance.sqrt() + 1e-8)).float(),
         "targets": targets,
     }
-    totals = {}
-    epochs = ["value"] * args.e_value + ["policy"] * args.e_policy
-    if args.e_policy == args.e_value:  # one Adam takes both losses: departure 4
-        epochs = ["policy_and_value"] * args.e_policy
-    for losses in epochs:
-        epoch_totals = {}
-        loss_function = partial(policy_phase_loss, agent=agent, losses=losses, args=args)
-        # Minibatches are whole environments, not shuffled steps: one contiguous copy each (departure 4).
+    means = Means()
+    if args.e_policy == args.e_value:
+        epochs = [(optimizers["policy_and_value"], True, True)] * args.e_policy
+    else:
+        epochs = [(optimizers["value"], False, True)] * args.e_value
+        epochs += [(optimizers["policy"], True, False)] * args.e_policy
+    for optimizer, learn_policy, learn_value in epochs:
+        # Minibatches are whole segments, not shuffled steps, as in O; a recurrent network can read them. Steps of
+        # a segment are alike, but a minibatch holds many, and advantages are normalised over all before.
         for minibatch in torch.randperm(args.num_envs).split(args.num_envs // args.num_minibatches):
-            passes = batches(data, minibatch, args.steps_per_pass, targets.device)
-            metrics = optimizer_step(optimizers[losses], loss_function, passes, args.max_grad_norm)
-            add_metrics(epoch_totals, metrics)
-            add_metrics(totals, metrics)
-        checks_kl = args.target_kl is not None and losses != "value"
-        if checks_kl and mean_metrics(epoch_totals)["losses/approx_kl"] > args.target_kl:
-            break
+            optimizer.zero_grad()
+            passes = split_equally(minibatch, max_segments)
+            for segments in passes:
+                batch = take(data, segments, targets.device)
+                output = agent(batch["obs"], with_policy=learn_policy, with_value=learn_value)
+                loss = 0
+                if learn_policy:
+                    pi = action_distribution(output.policy)
+                    log_ratio = pi.log_prob(batch["actions"]) - batch["old_log_probs"]
+                    policy_loss = surrogate_loss(log_ratio, batch["advantages"], clip_coef=args.clip_coef)
+                    policy_loss = policy_loss + args.kl_coef * 0.5 * log_ratio.square().mean()  # KL variant
+                    entropy = pi.entropy().mean()
+                    loss = loss + policy_loss - args.ent_coef * entropy
+                    means.add({"losses/policy_loss": policy_loss, "losses/entropy": entropy})
+                    means.add(ratio_metrics(log_ratio, args.clip_coef))
+                if learn_value:
+                    value_loss = args.vf_coef * F.mse_loss(output.values, batch["targets"])
+                    loss = loss + value_loss
+                    means.add({"losses/value_loss": value_loss})
+                (loss / len(passes)).backward()
+            average_over_processes(agent)
+            if args.max_grad_norm > 0:
+                nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+            optimizer.step()
     error_variance = (targets - rollout.values[:, :-1]).var(correction=0)
     explained_variance = 1 - error_variance / targets.var(correction=0).clamp_min(1e-8)
-    totals["losses/explained_variance"] = (explained_variance, 1)
-    return mean_metrics(totals)
+    means.add({"losses/explained_variance": explained_variance})
+    return means.compute()
 
 
-def auxiliary_phase_loss(batch: dict, *, agent: Agent, args: argparse.Namespace) -> tuple[Tensor, dict]:
-    """L_joint + L_value of the paper, and their terms."""
-    output = agent(batch["obs"], auxiliary_phase=True)
-    aux_value_loss = 0.5 * F.mse_loss(output.aux_values, batch["targets"])
-    old_policy = Categorical(logits=batch["old_logits"])
-    kl_loss = kl_divergence(old_policy, Categorical(logits=output.logits)).mean()  # KL[pi_old, pi], nats
-    joint_loss = aux_value_loss + args.beta_clone * kl_loss
-    value_loss = 0.5 * F.mse_loss(output.values, batch["targets"])
-    return joint_loss + args.aux_vf_coef * value_loss, {
-        "losses/aux/kl_loss": kl_loss,
-        "losses/aux/aux_value_loss": aux_value_loss,
-        "losses/aux/real_value_loss": value_loss,
-    }
+def auxiliary_phase(agent: Agent, optimizer, observations: Tensor, targets: Tensor, args, max_segments) -> dict:
+    """E_aux epochs on the S segments of a phase: observations [S, T, ...], targets [S, T]. Returns metrics.
 
-
-def auxiliary_phase(agent: Agent, optimizer, observations: Tensor, targets: Tensor, args) -> dict[str, float]:
-    """The epochs over a phase's segments: observations [S, T, H, W, C], targets [S, T]. Returns metrics."""
-    num_segments, num_steps = targets.shape
+    Older policies met most of these states. No harm: this is regression, which profits from many states, not a
+    policy gradient, which needs actions of the present policy (P, section 2).
+    """
+    # The targets are those of the policy phase: regression on fixed numbers is what bears many epochs.
     data = {"obs": observations, "targets": targets}
-    old_logits = []
-    with torch.no_grad():  # in the precision and batch size of the updates, so that the first KL is 0
-        for minibatch in torch.arange(num_segments).split(args.num_aux_rollouts):
-            for _, batch in batches(data, minibatch, args.steps_per_pass, targets.device):
-                old_logits.append(agent(batch["obs"], auxiliary_phase=True, with_value=False).logits)
-    data["old_logits"] = torch.cat(old_logits).view(num_segments, num_steps, -1)
-    totals = {}
-    loss_function = partial(auxiliary_phase_loss, agent=agent, args=args)
-    epochs = torch.cat([torch.randperm(num_segments) for _ in range(args.e_auxiliary)])
-    minibatches = epochs.split(args.num_aux_rollouts)
-    for minibatch in show_progress(minibatches, desc="auxiliary phase: ", unit="update"):
-        passes = batches(data, minibatch, args.steps_per_pass, targets.device)
-        add_metrics(totals, optimizer_step(optimizer, loss_function, passes))
-    return mean_metrics(totals)
+    # pi_old is the policy that the phase has led to, not those that collected: the KL term is to keep what was
+    # learned, not to take it back. Precision and passes are those of the updates: the first KL is 0.
+    old_policy = []
+    with torch.no_grad():
+        for minibatch in torch.arange(len(targets)).split(args.num_aux_rollouts):
+            for segments in split_equally(minibatch, max_segments):
+                batch = take(data, segments, targets.device)
+                old_policy.append(agent(batch["obs"], auxiliary_phase=True, with_value=False).policy)
+    data["old_policy"] = torch.cat(old_policy)
+    means = Means()
+    for epoch in range(args.e_auxiliary):
+        minibatches = torch.randperm(len(targets)).split(args.num_aux_rollouts)
+        for minibatch in show_progress(minibatches, desc=f"auxiliary epoch {epoch + 1}: "):
+            optimizer.zero_grad()
+            passes = split_equally(minibatch, max_segments)
+            for segments in passes:
+                batch = take(data, segments, targets.device)
+                output = agent(batch["obs"], auxiliary_phase=True)
+                aux_value_loss = 0.5 * F.mse_loss(output.aux_values, batch["targets"])
+                # From pi_old to pi: all that pi_old did must stay likely. The other way pi might forget some.
+                clone_loss = kl_from_old_policy(batch["old_policy"], output.policy)
+                joint_loss = aux_value_loss + args.beta_clone * clone_loss
+                value_loss = 0.5 * F.mse_loss(output.values, batch["targets"])
+                (joint_loss + args.aux_vf_coef * value_loss).div(len(passes)).backward()
+                means.add({"losses/aux/aux_value_loss": aux_value_loss, "losses/aux/kl_loss": clone_loss})
+                means.add({"losses/aux/real_value_loss": value_loss})
+            average_over_processes(agent)
+            optimizer.step()
+    return means.compute()
 
 
 # ---- training --------------------------------------------------------------------------------------
-def train(args: argparse.Namespace, make_envs: Callable = make_envs) -> dict:
-    """Algorithm 1 in the environments that `make_envs` makes. Returns the summary of the run."""
-    device, precision = start_process(args)
-    envs = make_envs(args, num_envs=args.num_envs, num_levels=args.num_levels)
+@dataclasses.dataclass
+class Progress:  # of a run: phases and iterations that have ended, steps of all processes
+    phase: int = 0
+    iteration: int = 0
+    global_step: int = 0
+
+
+def train(args: argparse.Namespace) -> dict:
+    """Algorithm 1, in the environments that `make_envs` makes. Returns the summary of the run."""
+    device = start_process(args)
+    envs = make_envs(args, num_envs=args.num_envs)
     tracker = EpisodeTracker(envs, seed=args.seed + 10_000 * RANK)  # each process draws levels of its own
     reward_normalizer = RewardNormalizer(args.num_envs, args.reward_norm_gamma, args.reward_clip)
-    agent = Agent(envs.single_observation_space, envs.single_action_space, args.arch, precision).to(device)
+    spaces = (envs.single_observation_space, envs.single_action_space)
+    agent = Agent(*spaces, args.arch, args.precision).to(device)
+    # Adam scales a step by recent gradients: losses that take turns have one each (policy and values, if E_pi and
+    # E_V differ, and the auxiliary phase), those that step together share one (O: ppo.py).
     adam = partial(torch.optim.Adam, list(agent.parameters()), eps=args.adam_eps)
     optimizers = {name: adam(lr=args.learning_rate) for name in ("policy_and_value", "policy", "value")}
     optimizers["auxiliary"] = adam(lr=args.aux_learning_rate)
-    # What is saved: a module beside the agent, too, belongs here, or below if it differs between processes.
-    modules = {"agent": agent, **{f"{name}_optimizer": optimizer for name, optimizer in optimizers.items()}}
-    modules_per_process = {"reward_normalizer": reward_normalizer}
+    # What a checkpoint holds. A module beside the agent, too, belongs here, or below if each process has its own.
+    modules = {"agent": agent, **optimizers}
+    process_modules = {"tracker": tracker, "reward_normalizer": reward_normalizer}
+    progress = Progress()
 
-    num_iterations = args.total_timesteps // (args.num_envs * args.num_steps * WORLD_SIZE)
-    num_rollouts = min(args.n_iteration, num_iterations) if args.e_auxiliary else 1  # PPO keeps one
-    observations = allocate_observations(num_rollouts, envs.single_observation_space.shape, device, args)
-    args.steps_per_pass = args.steps_per_pass or choose_steps_per_pass(device)
+    iteration_steps = args.num_envs * args.num_steps * WORLD_SIZE
+    num_iterations = args.total_timesteps // iteration_steps
+    # B of the paper. The auxiliary phase looks at all rollouts of its phase; PPO only at the newest.
+    num_rollouts = min(args.n_iteration, num_iterations) if args.e_auxiliary else 1
+    buffer = allocate_observations(num_rollouts, envs.single_observation_space, device, args)
+    max_segments = args.segments_per_pass or choose_segments_per_pass(device, args.num_steps)
 
-    with Run(args, modules, modules_per_process, tracker, device) as run:
-        while run.iteration < num_iterations:
-            # A resumed run, or one that evaluates between its phases, draws the same numbers as any other.
-            torch.manual_seed(int(np.random.SeedSequence((args.seed, RANK, run.phase)).generate_state(1)[0]))
-            phase_iterations = min(args.n_iteration, num_iterations - run.iteration)
+    with Run(args, device, progress, modules, process_modules) as run:
+        while progress.iteration < num_iterations:
+            # A run that is resumed, or evaluated between its phases, draws the same numbers as any other.
+            seeds = np.random.SeedSequence((args.seed, RANK, progress.phase))
+            torch.manual_seed(int(seeds.generate_state(1)[0]))
+            phase_iterations = min(args.n_iteration, num_iterations - progress.iteration)
             phase_targets = []
             for i in range(phase_iterations):  # policy phase
-                lr_fraction = 1 - run.iteration / num_iterations if args.anneal_lr else 1.0
-                for optimizer in optimizers.values():
-                    for group in optimizer.param_groups:
-                        group.setdefault("initial_lr", group["lr"])
-                        group["lr"] = lr_fraction * group["initial_lr"]
+                if args.anneal_lr:
+                    scale_learning_rates(optimizers, 1 - progress.iteration / num_iterations)
                 with run.timed("rollout"):
-                    rollout = collect_rollout(agent, tracker, observations[i % num_rollouts], device)
+                    rollout = collect_rollout(agent, tracker, buffer[i % num_rollouts], device)
                 with run.timed("policy_phase"):
                     advantages, targets = compute_gae(
                         rewards=reward_normalizer(rollout.rewards, rollout.firsts[:, :-1]),
                         values=rollout.values.cpu(),
+                        final_values=rollout.final_values.cpu(),
                         firsts=rollout.firsts,
                         gamma=args.gamma,
                         gae_lambda=args.gae_lambda,
                     )
-                    targets = targets.to(device)
-                    phase_targets.append(targets)
-                    metrics = policy_update(agent, optimizers, rollout, advantages.to(device), targets, args)
-                metrics["charts/learning_rate"] = lr_fraction * args.learning_rate
+                    estimates = (advantages.to(device), targets.to(device))
+                    metrics = policy_update(agent, optimizers, rollout, *estimates, args, max_segments)
+                phase_targets.append(targets.to(device))
+                progress.iteration += 1
+                progress.global_step += iteration_steps
+                metrics["charts/learning_rate"] = optimizers["policy"].param_groups[0]["lr"]
                 run.log_iteration(metrics, rollout.episodes)
             if args.e_auxiliary and phase_iterations == args.n_iteration:
                 with run.timed("auxiliary_phase"):
-                    segments = (observations.flatten(0, 1), torch.cat(phase_targets))
-                    metrics = auxiliary_phase(agent, optimizers["auxiliary"], *segments, args)
+                    segments = (buffer.flatten(0, 1), torch.cat(phase_targets))
+                    metrics = auxiliary_phase(agent, optimizers["auxiliary"], *segments, args, max_segments)
                 run.log(metrics)
-            run.end_phase(make_envs)  # evaluation, film, checkpoint: what is due
+            progress.phase += 1
+            run.end_phase(agent, is_last=progress.iteration == num_iterations)  # evaluation, film, checkpoint
         return run.finish()
 
 
-# ---- below the lesson: minibatches, processes, devices ---------------------------------------------
-def batches(data: dict, segments: Tensor, steps_per_pass: int, device) -> Iterator[tuple[float, dict]]:
-    """Parts of chosen segments of `data` [S, T, ...]: (share, [B, ...] on device), B <= steps_per_pass."""
-    parts = {}
-    for name, tensor in data.items():  # a copy per segment: an index tensor makes the host wait
-        steps = torch.cat([tensor[i].to(device, non_blocking=True) for i in segments.tolist()])
-        parts[name] = steps.split(steps_per_pass)
-    for tensors in zip(*parts.values()):
-        yield len(tensors[0]) / len(steps), dict(zip(parts, tensors))
+# ---- below the lesson: minibatches and metrics -----------------------------------------------------
+def torch_dtype(space: gym.Space) -> torch.dtype:
+    return getattr(torch, space.dtype.name)
 
 
-def add_metrics(totals: dict, passes: list[tuple[float, dict[str, Tensor]]]) -> None:
-    """Adds passes to {name: (sum, weight)}: kept one by one, small tensors would fragment a CPU's heap."""
-    for share, metrics in passes:
+def split_equally(minibatch: Tensor, max_segments: int) -> tuple[Tensor, ...]:
+    """The passes of a minibatch: of one size, up to max_segments, so that their means count alike."""
+    sizes = range(1, max_segments + 1)
+    return minibatch.split(max(size for size in sizes if len(minibatch) % size == 0))
+
+
+def take(data: dict[str, Tensor], segments: Tensor, device: torch.device) -> dict[str, Tensor]:
+    """Chosen rows of tensors [S, ...], on the device."""
+    if len({len(tensor) for tensor in data.values()}) > 1:
+        lengths = {name: len(tensor) for name, tensor in data.items()}
+        raise ValueError(f"every tensor needs a row for each segment, but there are {lengths}")
+    indices = segments.tolist()
+    batch = {}
+    for name, tensor in data.items():
+        # One by one: an index tensor would make the host wait.
+        batch[name] = torch.stack([tensor[i].to(device, non_blocking=True) for i in indices])
+    return batch
+
+
+class Means:
+    """Means of metrics over passes. Their sums stay on the device: one tensor each, or they fragment a heap."""
+
+    def __init__(self):
+        self.sums = {}
+        self.counts = collections.Counter()
+
+    def add(self, metrics: dict[str, Tensor]) -> None:
         for name, value in metrics.items():
-            total, weight = totals.get(name, (0, 0))
-            totals[name] = (total + share * value, weight + share)
+            self.sums[name] = self.sums.get(name, 0) + value.detach()
+            self.counts[name] += 1
+
+    def compute(self) -> dict[str, float]:
+        """Means over all processes, too. It waits for the device."""
+        means = torch.stack([total / self.counts[name] for name, total in self.sums.items()])
+        return dict(zip(self.sums, (sum_over_processes(means) / WORLD_SIZE).tolist()))
 
 
-def mean_metrics(totals: dict[str, tuple[Tensor, float]]) -> dict[str, float]:
-    """Means over passes, by their shares, and over processes. It waits for the device."""
-    means = torch.stack([total / weight for total, weight in totals.values()])
-    return dict(zip(totals, (sum_over_processes(means) / WORLD_SIZE).tolist()))
+def scale_learning_rates(optimizers: dict[str, torch.optim.Optimizer], fraction: float) -> None:
+    for optimizer in optimizers.values():
+        for group in optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])
+            group["lr"] = fraction * group["initial_lr"]
+
+
+# ---- below the lesson: processes and devices -------------------------------------------------------
+RANK = int(os.environ.get("RANK", "0"))  # these four are set by torchrun
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
+LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+# A bar, if there is a terminal. A second one stands below the first, and goes when it is done.
+show_progress = partial(tqdm, leave=None, smoothing=0, miniters=0, disable=RANK > 0 or None)
+
+
+def say(text: str, rank: int = RANK) -> None:
+    if rank == 0:
+        tqdm.write(text, file=sys.stderr)
+
+
+def fail(message: str, status: int = 2) -> NoReturn:
+    say(f"error: {message}", LOCAL_RANK)  # once on every node
+    sys.exit(status)
 
 
 def sum_over_processes(x: Tensor) -> Tensor:
@@ -620,6 +753,17 @@ def mean_and_variance(sums: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (squares / count - mean**2).clamp_min(0)
 
 
+def average_over_processes(module: nn.Module) -> None:
+    """Averages the gradients, in one collective: one for each of 70 tensors takes twice as long."""
+    if WORLD_SIZE == 1:
+        return
+    gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+    flat = sum_over_processes(torch.cat([gradient.flatten() for gradient in gradients])) / WORLD_SIZE
+    averages = flat.split([gradient.numel() for gradient in gradients])
+    for gradient, average in zip(gradients, averages):
+        gradient.copy_(average.view_as(gradient))
+
+
 def gather_objects(thing: object) -> list:
     things = [thing] * WORLD_SIZE
     if WORLD_SIZE > 1:
@@ -627,65 +771,70 @@ def gather_objects(thing: object) -> list:
     return things
 
 
-def say(text: str, rank: int = RANK) -> None:
-    if rank == 0:
-        tqdm.write(text, file=sys.stderr)
-
-
-def fail(message: str, status: int = 2) -> NoReturn:
-    say(f"error: {message}", LOCAL_RANK)  # once on every node
-    sys.exit(status)
-
-
-def start_process(args: argparse.Namespace) -> tuple[torch.device, str]:
-    """Joins the processes that torchrun started. Returns the device, and the precision that suits it."""
+def start_process(args: argparse.Namespace) -> torch.device:
+    """Joins the processes that torchrun started. Decides --precision auto, for good. Returns the device."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         # glibc is to keep freed memory. Unmapped, large activations cost page faults: half the time on a CPU.
         libc.mallopt(-4, 0)  # M_MMAP_MAX: nothing gets a mapping of its own
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
     device = torch.device("cpu")
+    backend = "gloo"
     capabilities = torch.cpu.get_capabilities()
     fast = "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "fp32"
     if args.cuda and torch.cuda.is_available():
         if LOCAL_WORLD_SIZE > torch.cuda.device_count():
             fail(f"{LOCAL_WORLD_SIZE} processes on {torch.cuda.device_count()} GPUs: lower --nproc-per-node")
         device = torch.device("cuda", LOCAL_RANK)
-        fast = "bf16-aux" if torch.cuda.is_bf16_supported(False) else "fp32"
+        backend = "cpu:gloo,cuda:nccl"  # rewards and episodes are on the host
         torch.cuda.set_device(device)
+        fast = "bf16-aux" if torch.cuda.is_bf16_supported(False) else "fp32"
         torch.backends.cudnn.deterministic = args.torch_deterministic
+    if args.precision == "auto":
+        args.precision = fast
+    if args.precision != "fp32" and fast == "fp32":
+        say(f"--precision {args.precision} is slow on this processor; a run keeps the one that it began with")
     if WORLD_SIZE > 1 and not dist.is_initialized():
-        # NCCL on GPUs, gloo on hosts. The others wait while rank 0 evaluates, however long that takes.
-        dist.init_process_group(timeout=timedelta(days=365))
+        # The others wait while rank 0 evaluates, however long that takes.
+        dist.init_process_group(backend, timeout=timedelta(days=365))
     torch.manual_seed(args.seed)  # of the networks: the same in all processes
-    return device, fast if args.precision == "auto" else args.precision
+    return device
 
 
-def allocate_observations(num_rollouts: int, image_shape: tuple, device: torch.device, args) -> Tensor:
-    """[num_rollouts, N, T, *image_shape] uint8 on the GPU or on the host, pinned for a GPU."""
-    shape = (num_rollouts, args.num_envs, args.num_steps, *image_shape)
-    bytes_needed = math.prod(shape)
+def allocate_observations(num_rollouts: int, space: gym.Space, device: torch.device, args) -> Tensor:
+    """[num_rollouts, N, T, ...] on the GPU if there is room, else on the host, pinned for a GPU."""
+    shape = (num_rollouts, args.num_envs, args.num_steps, *space.shape)
+    dtype = torch_dtype(space)
+    bytes_needed = math.prod(shape) * dtype.itemsize
     say(f"the observations of a phase take {bytes_needed / 1e9:.2f} GB in each process")
-    if device.type == "cuda":
-        room = 0.8 * torch.cuda.mem_get_info(device)[0]  # the rest is for activations
-        if args.aux_buffer_device == "auto" and bytes_needed <= room:
-            return torch.empty(shape, dtype=torch.uint8, device=device)
+    if device.type == "cuda" and bytes_needed <= 0.8 * torch.cuda.mem_get_info(device)[0]:
+        return torch.empty(shape, dtype=dtype, device=device)  # the rest is for activations
     # Zeros take the memory now, not in the middle of a phase.
-    return torch.zeros(shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    return torch.zeros(shape, dtype=dtype, pin_memory=device.type == "cuda")
 
 
-def choose_steps_per_pass(device: torch.device) -> int:
-    """512 on a CPU, no faster with more; on a GPU half of the free memory, at an estimated 5 MB a step."""
-    return max(512, torch.cuda.mem_get_info(device)[0] // 10_000_000) if device.type == "cuda" else 512
+def choose_segments_per_pass(device: torch.device, num_steps: int) -> int:
+    """512 steps on a CPU, no faster with more; on a GPU half of the free memory, at an estimated 5 MB a step."""
+    steps = torch.cuda.mem_get_info(device)[0] // 10_000_000 if device.type == "cuda" else 512
+    return max(1, steps // num_steps)
 
 
-# ---- below the lesson: the flags of a run, its directory, checkpoints, progress --------------------
-CHECKPOINT_FORMAT = 3
+# ---- below the lesson: flags of a run, checkpoints -------------------------------------------------
+CHECKPOINT_FORMAT = 4
+SAVED_OF_RUN = ("episodes", "recent", "charts", "seconds", "evaluation")
 FREE_FLAGS = (  # those that do not change what is learned: they may differ beside --resume and --evaluate
     "resume", "evaluate", "total_timesteps", "cuda", "track", "wandb_project_name", "wandb_entity",
     "capture_video", "runs_dir", "checkpoint_interval", "eval_interval", "eval_episodes", "env_threads",
-    "steps_per_pass", "aux_buffer_device")  # fmt: skip
-# A bar, if there is a terminal. A second one stands below the first, and goes when it is done.
-show_progress = partial(tqdm, leave=None, smoothing=0, miniters=0, disable=RANK > 0 or None)
+    "segments_per_pass")  # fmt: skip
+
+
+def number(text: str, kind: type = float, low: float = 0, high: float = 2e9) -> float:
+    """The value of a flag: an int (1e6 is one too) or a float in [low, high]."""
+    with suppress(ValueError):
+        value = float(text)
+        if low <= value <= high and value == kind(value):  # a NaN is refused by the first
+            return kind(value)
+    name = "a whole number" if kind is int else "a number"
+    raise argparse.ArgumentTypeError(f"must be {name} from {low:g} to {high:g}, not {text}")
 
 
 def load_checkpoint(run_dir: str) -> dict:
@@ -702,53 +851,74 @@ def load_checkpoint(run_dir: str) -> dict:
 def with_flags_of_run(args: argparse.Namespace, parser: argparse.ArgumentParser, argv) -> argparse.Namespace:
     """The flags of the run that --resume or --evaluate names, with those beside it that may differ."""
     flag = "evaluate" if args.resume is None else "resume"
+    if flag == "evaluate" and WORLD_SIZE > 1:
+        fail("--evaluate takes one process: start it with python, not with torchrun")
     run_dir = str(Path(getattr(args, flag).removesuffix("checkpoint.pt")))
     saved = load_checkpoint(run_dir)
+    if differing := set(saved["args"]) ^ set(vars(args)):
+        names = ", ".join(sorted(differing))
+        fail(f"{run_dir} is of a script with other flags ({names}): use the script kept there")
     parser.set_defaults(**saved["args"] | {"resume": None, "evaluate": None})
     flags = parser.parse_args(argv)
     setattr(flags, flag, run_dir)
-    free = FREE_FLAGS if flag == "resume" else (*FREE_FLAGS, "seed")
+    if flags.precision == "auto":
+        flags.precision = saved["args"]["precision"]
+    free = FREE_FLAGS if flag == "resume" else (*FREE_FLAGS, "seed", "num_levels", "start_level")
     for name, value in saved["args"].items():
-        if name not in args:
-            fail(f"{run_dir} has a flag that this script lacks, {name}: use the script kept there")
         if name not in free and getattr(flags, name) != value:
             fail(f"leave out --{name.replace('_', '-')}: the run in {run_dir} has {value}")
     processes = len(saved["processes"])
-    steps = saved["run"]["global_step"]
+    steps = saved["progress"]["global_step"]
     if flag == "resume" and (WORLD_SIZE != processes or flags.total_timesteps < steps):
         fail(f"{run_dir} goes on with {processes} processes and a --total-timesteps of at least {steps}")
     return flags
 
 
-def normalized_return(args: argparse.Namespace, episodic_return: float) -> float | None:
-    if args.env_id not in RETURN_RANGES:
-        return None
-    easy_low, easy_high, hard_low, hard_high = RETURN_RANGES[args.env_id]
-    low, high = (easy_low, easy_high) if args.distribution_mode == "easy" else (hard_low, hard_high)
-    return (episodic_return - low) / (high - low)
+def replace_file(path: Path, content: bytes) -> None:
+    """Atomically: a failure leaves the file as it was, and nothing half-written beside it."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
+def append_row(path: Path, row: dict) -> None:
+    with open(path, "a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def cut_rows(path: Path, last_step: int) -> tuple[int, int, int]:
+    """Drops rows after a step, and half a row. Returns how many are kept and dropped, and their last step."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    steps = [json.loads(line)["global_step"] for line in lines if line.endswith("\n")]
+    kept = [line for line, step in zip(lines, steps) if step <= last_step]
+    if len(kept) < len(lines):
+        replace_file(path, "".join(kept).encode())
+    return len(kept), len(lines) - len(kept), max(steps, default=0)
+
+
+# ---- below the lesson: the run ---------------------------------------------------------------------
 class Run(AbstractContextManager):
-    """What a run counts, shows and writes, by rank 0 alone, to a directory that it keeps locked."""
+    """The directory of a run, which it keeps locked, and the rows of metrics in it. Rank 0 alone writes."""
 
-    def __init__(self, args, modules: dict, modules_per_process: dict, tracker: EpisodeTracker, device):
+    def __init__(self, args, device, progress: Progress, modules: dict, process_modules: dict):
         self.args = args
-        self.modules = modules
-        self.modules_per_process = modules_per_process
-        self.networks = nn.ModuleList(module for module in modules.values() if isinstance(module, nn.Module))
-        self.tracker = tracker
         self.device = device
-        self.phase = 0
-        self.iteration = 0
-        self.global_step = 0
+        self.progress = progress
+        self.modules = modules
+        self.process_modules = process_modules
+        self.networks = nn.ModuleList(module for module in modules.values() if isinstance(module, nn.Module))
         self.episodes = 0
         self.recent = []  # the last 100 episodes
         self.charts = dict.fromkeys(("episodic_return", "episodic_length", "normalized_return", "SPS"))
         self.seconds = dict.fromkeys(("rollout", "policy_phase", "auxiliary_phase", "evaluation", "total"), 0)
-        self.iteration_steps = args.num_envs * args.num_steps * WORLD_SIZE
-        self.total_steps = args.total_timesteps // self.iteration_steps * self.iteration_steps
+        self.evaluation = None  # the newest
         self.row = {}  # of the iteration that is under way
         self.checkpoint_step = None
+        self.tracked_step = 0
         self.wandb = None
         if WORLD_SIZE > 1:  # a copy may draw random numbers before it makes its networks
             for tensor in self.networks.state_dict().values():
@@ -758,70 +928,70 @@ class Run(AbstractContextManager):
         if RANK == 0:
             self.open_directory()
         self.started = time.perf_counter() - self.seconds["total"]
-        self.bar = show_progress(total=self.total_steps, initial=self.global_step, unit="step")
+        self.bar = show_progress(total=args.total_timesteps, initial=progress.global_step, unit="step")
 
     def __exit__(self, kind, error, traceback) -> None:
-        if RANK == 0 and kind not in (None, SystemExit):  # fail() has given its reason
-            say(f"stopped at step {self.global_step}; last checkpoint: {self.checkpoint_step or 'none'}")
-            if self.checkpoint_step:  # flags beside --resume may be those of the run
-                say(f"to go on from there, give the same command and --resume '{self.directory}'")
-        self.write_row()
         self.bar.close()
-        if RANK == 0:
-            self.lock.close()
-            if kind is OSError:  # a full disk: subclasses have other reasons
-                fail(str(error), 1)
+        if RANK > 0:
+            return
+        if kind not in (None, SystemExit):  # fail() has given its reason
+            say(f"stopped at step {self.progress.global_step}; last checkpoint: {self.checkpoint_step or 'none'}")
+            if self.checkpoint_step:
+                resume = f"--resume={shlex.quote(str(self.directory))}"
+                say(f"to go on from there, give the same command and {resume}")
+        if isinstance(error, OSError) and error.filename is None:  # a full disk names no file
+            error.filename = self.directory
+        with suppress(OSError):
+            self.write_row()
+        if self.wandb:
+            self.wandb.finish(exit_code=0 if kind is None else 1)
+        os.close(self.lock)
 
     def open_directory(self) -> None:
         args = self.args
         name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
         self.directory = Path(args.resume or Path(args.runs_dir, name))
         if args.resume is None:
-            self.directory.mkdir(parents=True)  # refuses one that another run has made in this second
+            if self.directory.exists():
+                fail(f"another run has made {self.directory} in this second: start this one again", 1)
+            self.start_wandb()  # it makes the directory, once it has accepted the run
+            self.directory.mkdir(parents=True, exist_ok=args.track)
             shutil.copy(__file__, self.directory)
-        self.lock = open(self.directory / "metrics.jsonl", "a")  # noqa: SIM115 (as long as the process)
+        self.lock = os.open(self.directory, os.O_RDONLY)
         try:
-            if fcntl:
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            os.close(self.lock)
             fail(f"another process is writing to {self.directory}: wait for it, or end it")
-        config = {"flags": vars(args), "command_line": sys.argv, "processes": WORLD_SIZE}
-        config |= {"device": str(self.device), "precision": self.modules["agent"].precision}
-        config |= {lib.__name__: lib.__version__ for lib in (torch, np, gym)} | {"python": sys.version}
-        (self.directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        phase_steps = args.n_iteration * self.iteration_steps
-        steps = f"{self.total_steps} of {args.total_timesteps} steps fill iterations, {phase_steps} a phase"
-        say(f"writing to {self.directory}: {steps}, {args.checkpoint_interval * phase_steps} a checkpoint")
         if args.resume is not None:
-            path = self.directory / "metrics.jsonl"
-            rows = path.read_text().splitlines(keepends=True)
-            past = [row for row in rows if row[-1] == "\n" and json.loads(row)["iteration"] <= self.iteration]
-            path.write_text("".join(past))
-            counts = f"{len(past)} of {self.iteration} rows; {len(rows) - len(past)} later ones are dropped"
-            say(f"going on from step {self.global_step} of {self.total_steps} with {counts}")
-        if args.track:
+            self.cut_rows()
+            self.start_wandb()
+        config = {"flags": vars(args), "command_line": sys.argv, "processes": WORLD_SIZE}
+        config |= {"device": str(self.device), "tracked_step": self.tracked_step, "python": sys.version}
+        config |= {lib.__name__: lib.__version__ for lib in (torch, np, gym)}
+        replace_file(self.directory / "config.json", json.dumps(config, indent=2).encode())
+        say(f"writing to {self.directory}")
+        if args.arch == "shared" and args.e_auxiliary > 0:
+            say("--arch shared with an auxiliary phase is not PPO, which takes --e-auxiliary 0 as well")
+
+    def cut_rows(self) -> None:
+        """Drops rows and evaluations after the checkpoint: they come again."""
+        step = self.progress.global_step
+        kept, dropped, last_step = cut_rows(self.directory / "metrics.jsonl", step)
+        cut_rows(self.directory / "evaluations.jsonl", step)
+        say(f"going on from step {step} with {kept} of {self.progress.iteration} rows; {dropped} later ones dropped")
+        # wandb would keep a row that it has beside the same row made again: these are not sent twice.
+        previous = json.loads((self.directory / "config.json").read_text())
+        self.tracked_step = max(previous["tracked_step"], last_step if previous["flags"]["track"] else 0)
+
+    def start_wandb(self) -> None:
+        if self.args.track:
             import wandb
 
             name = self.directory.resolve().name
-            options = {"project": args.wandb_project_name, "entity": args.wandb_entity, "config": vars(args)}
-            options |= {"dir": self.directory, "resume": "allow", "save_code": True}
+            options = {"project": self.args.wandb_project_name, "entity": self.args.wandb_entity}
+            options |= {"dir": self.directory, "config": vars(self.args), "save_code": True, "resume": "allow"}
             self.wandb = wandb.init(id=name, name=name, **options)
-
-    def restore(self, saved: dict) -> None:
-        """Everything as it was at the checkpoint; open_directory() drops later rows, for they come again."""
-        vars(self).update(saved["run"])
-        self.checkpoint_step = self.global_step
-        process = saved["processes"][RANK]
-        states = saved["modules"] | process["modules"]
-        for name, module in (self.modules | self.modules_per_process).items():
-            if name not in states:
-                fail(f"the checkpoint in {self.args.resume} lacks {name!r}: another script wrote it")
-            module.load_state_dict(states[name])
-        if process["envs"] is None:
-            say("these environments have no get_state: they start anew")
-        else:
-            self.tracker.envs.set_state(process["envs"])
-            vars(self.tracker).update(process["tracker"])
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -829,101 +999,106 @@ class Run(AbstractContextManager):
         yield
         self.seconds[name] += time.perf_counter() - start
 
-    def log_iteration(self, metrics: dict[str, float], episodes: list[tuple[int, float, int]]) -> None:
+    def log_iteration(self, metrics: dict[str, float], episodes: list[Episode]) -> None:
         """Begins the row of an iteration, in which these episodes ended."""
         self.write_row()
-        ended = sorted((x for each in gather_objects(episodes) for x in each), key=lambda x: x[0])  # by step
-        self.iteration += 1
-        self.global_step += self.iteration_steps
+        ended = [tuple(episode) for of_process in gather_objects(episodes) for episode in of_process]
         self.episodes += len(ended)
-        self.recent = (self.recent + ended)[-100:]
+        self.recent = (self.recent + sorted(ended))[-100:]  # by step
         if self.recent:
-            _, mean_return, mean_length = np.mean(self.recent, axis=0).tolist()
+            _, _, mean_return, mean_length = np.mean(self.recent, axis=0).tolist()
             self.charts |= {"episodic_return": mean_return, "episodic_length": mean_length}
             self.charts["normalized_return"] = normalized_return(self.args, mean_return)
-        self.row = {name: getattr(self, name) for name in ("iteration", "phase", "global_step", "episodes")}
+        self.row = dataclasses.asdict(self.progress) | {"episodes": self.episodes}
         self.log(metrics)
         self.bar.set_postfix(self.charts, refresh=False)
-        self.bar.update(self.iteration_steps)
+        self.bar.update(self.progress.global_step - self.bar.n)
         if self.bar.disable:
-            say(f"step {self.global_step} of {self.total_steps}: {self.bar.postfix}")
+            say(f"step {self.progress.global_step} of {self.args.total_timesteps}: {self.bar.postfix}")
 
     def log(self, metrics: dict[str, float | None]) -> None:
         """Adds metrics, whatever their names, to the row of the iteration."""
         self.seconds["total"] = time.perf_counter() - self.started
-        self.charts["SPS"] = self.global_step / (self.seconds["total"] - self.seconds["evaluation"])
-        self.row |= {f"charts/{name}": value for name, value in self.charts.items()}
-        self.row |= {f"time/{name}": value for name, value in self.seconds.items()}
-        self.row |= {name: value if value is None else float(value) for name, value in metrics.items()}
-        finite = [parameter.isfinite().all() for parameter in self.networks.parameters()]
-        if not torch.stack(finite).all():  # all processes have the same weights, and stop together
+        self.charts["SPS"] = self.progress.global_step / (self.seconds["total"] - self.seconds["evaluation"])
+        metrics = metrics | {f"charts/{name}": value for name, value in self.charts.items()}
+        metrics |= {f"time/{name}": value for name, value in self.seconds.items()}
+        self.row |= {name: float(value) for name, value in metrics.items() if value is not None}
+        if not nn.utils.get_total_norm(self.networks.parameters()).isfinite():  # in all processes alike
             remedy = f"last checkpoint: {self.checkpoint_step}; a resumed run would repeat this"
-            fail(f"a weight is not finite at step {self.global_step}; {remedy}; try smaller step sizes", 1)
+            step = self.progress.global_step
+            fail(f"a weight is not finite at step {step}; {remedy}; try smaller step sizes", 1)
 
-    def write_row(self) -> None:  # to metrics.jsonl and wandb
-        row = {name: value for name, value in self.row.items() if value is not None}
+    def write_row(self) -> None:
+        row = self.row
         self.row = {}
         if RANK == 0 and row:
-            with open(self.directory / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(row) + "\n")
-            if self.wandb:
+            append_row(self.directory / "metrics.jsonl", row)
+            if self.wandb and row["global_step"] > self.tracked_step:
                 self.wandb.log(row, step=row["global_step"])
 
-    def end_phase(self, make_envs: Callable) -> None:
+    def end_phase(self, agent: Agent, is_last: bool) -> None:
         """Evaluation, film and checkpoint, where they are due."""
         args = self.args
-        self.phase += 1
+        step = self.progress.global_step
         try:
-            if RANK == 0:
-                results = {}
-                agent = self.modules["agent"]
-                arguments = (agent, args, make_envs, self.device, self.directory, self.global_step)
-                with self.timed("evaluation"):
-                    if args.eval_interval and self.phase % args.eval_interval == 0:
-                        results = evaluate(*arguments)
-                    if args.capture_video:
-                        record_video(*arguments)
-                self.log({f"eval/{name}": value for name, value in results.items()})
+            with self.timed("evaluation"):
+                if RANK == 0 and args.eval_interval and (is_last or self.progress.phase % args.eval_interval == 0):
+                    self.evaluation = evaluate(agent, args, level_sets(args, vars(args)), self.device, step)
+                    append_row(self.directory / "evaluations.jsonl", self.evaluation)
+                    self.row |= {f"eval/{name}": x for name, x in self.evaluation.items() if "levels_" in name}
+                if RANK == 0 and args.capture_video:
+                    record_video(agent, args, self.device, self.directory, step)
+            self.log({})
         finally:  # an evaluation that fails does not lose the phase
             self.write_row()
-            last = self.global_step == self.total_steps
-            if args.checkpoint_interval and (last or self.phase % args.checkpoint_interval == 0):
+            if args.checkpoint_interval and (is_last or self.progress.phase % args.checkpoint_interval == 0):
                 self.save()
 
     def save(self) -> None:
-        """Replaces checkpoint.pt atomically: a failure leaves the previous one as it was."""
-        envs = self.tracker.envs
-        process = {"envs": envs.get_state() if hasattr(envs, "get_state") else None}
-        process["tracker"] = {name: value for name, value in vars(self.tracker).items() if name != "envs"}
-        process["modules"] = {name: module.state_dict() for name, module in self.modules_per_process.items()}
-        content = {"format": CHECKPOINT_FORMAT, "args": vars(self.args), "processes": gather_objects(process)}
-        counts = ("phase", "iteration", "global_step", "episodes", "recent", "charts", "seconds")
-        content["run"] = {name: getattr(self, name) for name in counts}
+        """Replaces checkpoint.pt."""
+        own = {name: module.state_dict() for name, module in self.process_modules.items()}
+        content = {"format": CHECKPOINT_FORMAT, "args": vars(self.args), "processes": gather_objects(own)}
+        content["progress"] = dataclasses.asdict(self.progress)
+        content["run"] = {name: getattr(self, name) for name in SAVED_OF_RUN}
         content["modules"] = {name: module.state_dict() for name, module in self.modules.items()}
         if RANK > 0:
             return
         buffer = io.BytesIO()  # torch.save to a full disk raises no OSError
         torch.save(content, buffer)
         buffer.seek(0)
-        torch.load(buffer, weights_only=True)  # what it would refuse later, it refuses now
-        temporary = self.directory / "checkpoint.tmp"
-        temporary.write_bytes(buffer.getbuffer())
-        temporary.replace(self.directory / "checkpoint.pt")
-        self.checkpoint_step = self.global_step
+        torch.load(buffer, map_location="cpu", weights_only=True)  # what it would refuse later, it refuses now
+        replace_file(self.directory / "checkpoint.pt", buffer.getbuffer())
+        self.checkpoint_step = self.progress.global_step
+
+    def restore(self, saved: dict) -> None:
+        for name, value in saved["progress"].items():
+            setattr(self.progress, name, value)
+        for name in SAVED_OF_RUN:
+            setattr(self, name, saved["run"][name])
+        self.checkpoint_step = self.progress.global_step
+        states = saved["modules"] | saved["processes"][RANK]
+        for name, module in (self.modules | self.process_modules).items():
+            if name not in states:
+                fail(f"the checkpoint in {self.args.resume} lacks {name!r}: another script wrote it")
+            module.load_state_dict(states[name])
 
     def finish(self) -> dict:
         """Writes summary.json and returns what is in it."""
-        summary = vars(self.args) | self.charts | {"global_step": self.global_step, "episodes": self.episodes}
-        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if resource else None
+        names = ("env_id", "distribution_mode", "arch", "exp_name", "seed")
+        summary = {name: value for name, value in vars(self.args).items() if name in names} | self.charts
+        summary |= {"global_step": self.progress.global_step, "episodes": self.episodes}
+        summary |= {"evaluation": self.evaluation, "seconds": self.seconds, "torch": torch.__version__}
+        rss_unit = 1 if sys.platform == "darwin" else 1024
+        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * rss_unit
         summary["peak_memory_bytes"] = {"host": host, "device": torch.cuda.max_memory_allocated()}
         summary["device"] = torch.cuda.get_device_name() if self.device.type == "cuda" else self.device.type
-        summary |= {"seconds": self.seconds, "torch": torch.__version__}
         if RANK == 0:
-            (self.directory / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+            replace_file(self.directory / "summary.json", json.dumps(summary, indent=2).encode())
             say(f"done: {json.dumps(self.charts)}; more in {self.directory}/summary.json")
         return summary
 
 
+# ---- below the lesson: evaluation ------------------------------------------------------------------
 @torch.no_grad()
 def play(agent: Agent, envs: gym.vector.VectorEnv, episodes: int, seed: int, device) -> np.ndarray:
     """Returns of episodes. Each environment plays its quota: the first to end are the short ones."""
@@ -933,65 +1108,88 @@ def play(agent: Agent, envs: gym.vector.VectorEnv, episodes: int, seed: int, dev
     returns = []
     with show_progress(desc="evaluation: ", total=episodes, unit="episode") as progress:
         while len(returns) < episodes:
-            logits = agent(tracker.obs.to(device), with_value=False).logits
-            _, ended = tracker.step(Categorical(logits=logits).sample())
-            for i, episode_return, _ in ended:
-                if quota[i] > 0:
-                    quota[i] -= 1
-                    returns.append(episode_return)
+            policy = agent(tracker.obs.to(device), with_value=False).policy
+            for episode in tracker.step(action_distribution(policy).sample()).episodes:
+                if quota[episode.env] > 0:
+                    quota[episode.env] -= 1
+                    returns.append(episode.episodic_return)
                     progress.update()
     envs.close()
     return np.array(returns)
 
 
-def evaluate(agent: Agent, args, make_envs: Callable, device, run_dir: Path, step: int) -> dict:
-    """Plays --eval-episodes on all levels, and on the training levels if these are others."""
-    metrics = {}
-    level_sets = {args.num_levels: "train_levels", 0: "all_levels"}  # one, if all levels are trained on
-    with open(run_dir / "evaluations.jsonl", "a") as file:  # opened first: if that fails, nothing is played
-        for num_levels, name in level_sets.items():
-            envs = make_envs(args, num_envs=min(args.num_envs, args.eval_episodes), num_levels=num_levels)
-            returns = play(agent, envs, args.eval_episodes, args.seed + 10**6, device)
-            metrics[f"{name}_return"] = returns.mean()
-            error = returns.std(ddof=1) / len(returns) ** 0.5 if len(returns) > 1 else None
-            metrics[f"{name}_standard_error"] = error
-            metrics[f"{name}_normalized_return"] = normalized_return(args, returns.mean())
-        results = {"global_step": step, "seed": args.seed, "episodes": args.eval_episodes} | metrics
-        file.write(json.dumps(results) + "\n")
+def evaluate(agent: Agent, args: argparse.Namespace, sets: dict[str, dict], device, step: int) -> dict:
+    """Plays --eval-episodes on each of the sets of levels; prints and returns the results."""
+    results = {"global_step": step, "seed": args.seed, "episodes": args.eval_episodes, "level_sets": sets}
+    for name, levels in sets.items():
+        envs = make_envs(args, num_envs=min(args.num_envs, args.eval_episodes), levels=levels)
+        returns = play(agent, envs, args.eval_episodes, args.seed + 10**6, device)
+        error = float(returns.std(ddof=1)) / len(returns) ** 0.5 if len(returns) > 1 else None
+        mean = float(returns.mean())
+        results[f"{name}_return"] = mean
+        results[f"{name}_standard_error"] = error
+        results[f"{name}_normalized_return"] = normalized_return(args, mean)
     tqdm.write(json.dumps(results, indent=2))  # to standard output, above the bars
-    return metrics
+    return results
 
 
-def record_video(agent: Agent, args, make_envs: Callable, device, run_dir: Path, step: int) -> None:
-    """Films an episode at 512 x 512: videos/step{step}-00000.mp4."""
+def record_video(agent: Agent, args: argparse.Namespace, device, run_dir: Path, step: int) -> None:
+    """Films an episode at 512 x 512: videos/step{step}-seed{seed}-00000.mp4."""
     warnings.filterwarnings("ignore", "pkg_resources is deprecated")  # the film's writer uses it
-    film = {"directory": str(run_dir / "videos"), "prefix": f"step{step}-"}
-    envs = make_envs(args, num_envs=1, num_levels=args.num_levels, film=film)
+    film = {"directory": str(run_dir / "videos"), "prefix": f"step{step}-seed{args.seed}-"}
+    envs = make_envs(args, num_envs=1, film=film)
     play(agent, envs, 1, args.seed + 2 * 10**6, device)
 
 
+def load_agent(run_dir: str, device="cpu") -> Agent:
+    """The agent of a run's checkpoint."""
+    saved = load_checkpoint(run_dir)
+    args = argparse.Namespace(**saved["args"])
+    envs = make_envs(args, num_envs=1)
+    agent = Agent(envs.single_observation_space, envs.single_action_space, args.arch, args.precision)
+    agent.load_state_dict(saved["modules"]["agent"])
+    return agent.to(device)
+
+
+def evaluate_run(args: argparse.Namespace) -> None:
+    """--evaluate: plays the checkpoint of a run, and adds a line to its evaluations.jsonl."""
+    device = start_process(args)
+    saved = load_checkpoint(args.evaluate)
+    step = saved["progress"]["global_step"]
+    agent = load_agent(args.evaluate, device)
+    if args.eval_episodes:
+        results = evaluate(agent, args, level_sets(args, saved["args"]), device, step)
+        path = Path(args.evaluate, "evaluations.jsonl")
+        try:
+            append_row(path, results)
+        except OSError as error:
+            say(f"the evaluation is not stored in {path}: {error.strerror}")
+    if args.capture_video:
+        record_video(agent, args, device, Path(args.evaluate), step)
+
+
 # ---- main ------------------------------------------------------------------------------------------
+def stop(signum: int, frame: object) -> NoReturn:
+    signal.signal(signum, signal.SIG_DFL)  # a second one ends the process at once
+    raise KeyboardInterrupt(signum)
+
+
 def main(argv: list[str] | None = None) -> None:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    for signum in (signal.SIGINT, signal.SIGTERM):  # a shell's background jobs would ignore the first
+        signal.signal(signum, stop)
     try:
         args = parse_args(argv)
         if args.evaluate is None:
             train(args)
         else:
-            device, precision = start_process(args)
-            saved = load_checkpoint(args.evaluate)
-            envs = make_envs(args, num_envs=1, num_levels=0)
-            spaces = (envs.single_observation_space, envs.single_action_space)
-            agent = Agent(*spaces, args.arch, precision).to(device)
-            agent.load_state_dict(saved["modules"]["agent"])
-            arguments = (agent, args, make_envs, device, Path(args.evaluate), saved["run"]["global_step"])
-            evaluate(*arguments)
-            if args.capture_video:
-                record_video(*arguments)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (PermissionError, NotADirectoryError, FileExistsError) as error:  # of a run's directory
-        fail(str(error), 1)
+            evaluate_run(args)
+    except KeyboardInterrupt as interrupt:
+        sys.stdout.flush()
+        signal.raise_signal(*interrupt.args)  # the shell that started this learns that a signal ended it
+    except OSError as error:
+        if error.errno is None:  # not the system's, but of a changed copy
+            raise
+        fail(f"{error.filename}: {error.strerror}", 1)
     if dist.is_initialized():
         dist.destroy_process_group()
 
