@@ -2,9 +2,9 @@
 # Copyright (c) 2026 the authors of ppg_procgen.py
 """Phasic Policy Gradient (PPG) on Procgen, in one file: P, the paper, is Cobbe et al. 2020, arXiv 2009.04416.
 
-A policy and a value function that share a network disturb each other; in two networks, neither learns features
-for the other. PPG trains two networks as PPO does, then distils the values into the policy network, while a KL
-term holds the policy in place. Algorithm 1 of the paper, and the function that does it:
+A policy and a value function that share a network disturb each other; in two networks, neither learns
+features for the other. PPG trains two networks as PPO does, then distils the values into the policy network,
+while a KL term holds the policy in place. Algorithm 1 of the paper, and the function that does it:
 
     for phase = 1, 2, ...                                                      train
         for iteration = 1 .. N_pi                                              (policy phase)
@@ -15,10 +15,10 @@ term holds the policy in place. Algorithm 1 of the paper, and the function that 
         store pi_old(. | s) for every state s in B                             auxiliary_phase
         E_aux epochs of L_joint = L_aux + beta_clone KL[pi_old, pi], L_value   auxiliary_phase
 
-Words: a step is one of the environment. A rollout is T steps in each of N environments, a segment those of one of
-them. A minibatch is a set of segments on which the weights move once, a pass the part of it that goes through the
-network at a time. N is that of one process, A the number of actions. The lesson ends with `train`. O is the
-authors' code, github.com/openai/phasic-policy-gradient; README.md lists where this file departs from P and O.
+Words: a step is one of the environment. A rollout is T steps in each of N environments, a segment those of
+one of them. A minibatch is a set of segments on which the weights move once, a pass the part of it that goes
+through the network at a time. N is that of one process, A the number of actions. The lesson ends with train.
+O is the authors' code, github.com/openai/phasic-policy-gradient; README.md lists the departures from P and O.
 """
 # /// script
 # requires-python = ">=3.10,<3.13"
@@ -230,8 +230,8 @@ class Agent(nn.Module):
             policy = self.policy_head(policy_features).unflatten(0, batch_shape)
             aux_values = self.aux_value_head(policy_features).view(batch_shape)
         if with_value:
-            # Of one network, values may shape the features in the auxiliary phase alone, where the KL term holds
-            # the policy still meanwhile (P, section 3.5).
+            # In one network, values may shape the features in the auxiliary phase alone, where the KL term
+            # holds the policy still meanwhile (P, section 3.5).
             if self.arch == "detach" and not auxiliary_phase:
                 value_features = value_features.detach()
             values = self.value_head(value_features).view(batch_shape)
@@ -309,10 +309,11 @@ class ProcgenVecEnv(gym.vector.VectorEnv):
 def make_envs(args, *, num_envs: int, levels: dict | None = None, film: dict | None = None):
     """The environments of training, evaluation and film. levels: an entry of level_sets; None = training's.
 
-    Needed is a gym or gymnasium vector environment, channels last, with rewards as the game gives them. The step
-    that ends an episode shows the first observation of the next (AutoresetMode.SAME_STEP); where a time limit
-    ended it, info["final_obs"][i] is its last one. With get_state() and set_state(state) resumed runs are exact:
-    all that decides what comes next, random numbers too, as numbers, strings, bytes, tensors, lists and dicts.
+    Needed is a gym or gymnasium vector environment, channels last, with rewards as the game gives them. The
+    step that ends an episode shows the first observation of the next (AutoresetMode.SAME_STEP); where a time
+    limit ended it, info["final_obs"][i] is its last. With get_state() and set_state(state) resumed runs are
+    exact: all that decides what comes next, random numbers too, as numbers, strings, bytes, tensors, lists or
+    dicts.
     check_envs of the test file plays them and says what is missing.
     """
     levels = levels or {"num_levels": args.num_levels, "start_level": args.start_level}
@@ -459,7 +460,7 @@ def ratio_metrics(log_ratio: Tensor, clip_coef: float) -> dict[str, Tensor]:
 
 
 # ---- phases ----------------------------------------------------------------------------------------
-class Rollout(NamedTuple):  # rewards and firsts are on the host, the rest on the device
+class Rollout(NamedTuple):  # final_values, rewards and firsts are on the host, the rest on the device
     observations: Tensor  # [N, T, ...]: s_t, in the phase's buffer, which may be on the host
     actions: Tensor  # [N, T, ...]: a_t
     log_probs: Tensor  # [N, T]: log pi(a_t | s_t)
@@ -479,7 +480,7 @@ def collect_rollout(agent: Agent, tracker: EpisodeTracker, observations: Tensor,
     actions = torch.empty(actions_shape, dtype=torch_dtype(action_space), device=device)
     log_probs = torch.empty((num_envs, num_steps), device=device)
     values = torch.empty((num_envs, num_steps + 1), device=device)
-    final_values = torch.zeros((num_envs, num_steps), device=device)
+    final_values = torch.zeros((num_envs, num_steps))
     rewards = torch.empty((num_envs, num_steps))
     firsts = torch.empty((num_envs, num_steps + 1))
     episodes = []
@@ -502,14 +503,14 @@ def collect_rollout(agent: Agent, tracker: EpisodeTracker, observations: Tensor,
 
 
 def policy_update(agent: Agent, optimizers, rollout, advantages, targets, args, max_segments: int) -> dict:
-    """E_pi policy epochs and E_V value epochs on a rollout; advantages, value targets [N, T]. Returns metrics.
+    """E_pi policy epochs and E_V value epochs on a rollout; advantages, targets [N, T]. Returns metrics.
 
-    The surrogate holds for actions of almost the present policy: it needs fresh data, and bears few epochs (P,
-    section 3.2). Values are regressed on targets that stay true for longer: E_V may exceed E_pi (section 3.3).
+    The surrogate holds for actions of almost the present policy: it needs fresh data, and bears few epochs
+    (P, section 3.2). Values are regressed on targets that stay true for longer: E_V may exceed E_pi (3.3).
     """
     mean, variance = mean_and_variance(global_sums(advantages))
-    # What a loss draws at random, an augmentation say, is drawn here, as an entry with a row for each segment:
-    # then it does not depend on the size of passes.
+    # What a loss draws at random, an augmentation say, is drawn here, as an entry with a row for each
+    # segment: then it does not depend on the size of passes.
     data = {
         "obs": rollout.observations,
         "actions": rollout.actions,
@@ -524,8 +525,8 @@ def policy_update(agent: Agent, optimizers, rollout, advantages, targets, args, 
         epochs = [(optimizers["value"], False, True)] * args.e_value
         epochs += [(optimizers["policy"], True, False)] * args.e_policy
     for optimizer, learn_policy, learn_value in epochs:
-        # Minibatches are whole segments, not shuffled steps, as in O; a recurrent network can read them. Steps of
-        # a segment are alike, but a minibatch holds many, and advantages are normalised over all before.
+        # Minibatches are whole segments, not shuffled steps, as in O: a recurrent network can read them. Steps
+        # of a segment are alike, but a minibatch holds many; advantages are normalised over all before.
         for minibatch in torch.randperm(args.num_envs).split(args.num_envs // args.num_minibatches):
             optimizer.zero_grad()
             passes = split_equally(minibatch, max_segments)
@@ -557,16 +558,16 @@ def policy_update(agent: Agent, optimizers, rollout, advantages, targets, args, 
     return means.compute()
 
 
-def auxiliary_phase(agent: Agent, optimizer, observations: Tensor, targets: Tensor, args, max_segments) -> dict:
+def auxiliary_phase(agent: Agent, optimizer, observations, targets, args, max_segments: int) -> dict:
     """E_aux epochs on the S segments of a phase: observations [S, T, ...], targets [S, T]. Returns metrics.
 
-    Older policies met most of these states. No harm: this is regression, which profits from many states, not a
-    policy gradient, which needs actions of the present policy (P, section 2).
+    Older policies met most of these states. No harm: this is regression, which profits from many states, not
+    a policy gradient, which needs actions of the present policy (P, section 2).
     """
     # The targets are those of the policy phase: regression on fixed numbers is what bears many epochs.
     data = {"obs": observations, "targets": targets}
-    # pi_old is the policy that the phase has led to, not those that collected: the KL term is to keep what was
-    # learned, not to take it back. Precision and passes are those of the updates: the first KL is 0.
+    # pi_old is the policy that the phase has led to, not those that collected: the KL term is to keep what
+    # was learned, not to take it back. Precision and passes are those of the updates: the first KL is 0.
     old_policy = []
     with torch.no_grad():
         for minibatch in torch.arange(len(targets)).split(args.num_aux_rollouts):
@@ -612,12 +613,12 @@ def train(args: argparse.Namespace) -> dict:
     reward_normalizer = RewardNormalizer(args.num_envs, args.reward_norm_gamma, args.reward_clip)
     spaces = (envs.single_observation_space, envs.single_action_space)
     agent = Agent(*spaces, args.arch, args.precision).to(device)
-    # Adam scales a step by recent gradients: losses that take turns have one each (policy and values, if E_pi and
-    # E_V differ, and the auxiliary phase), those that step together share one (O: ppo.py).
+    # Adam scales a step by recent gradients: losses that take turns have one each (policy and values, if E_pi
+    # and E_V differ, and the auxiliary phase), those that step together share one (O: ppo.py).
     adam = partial(torch.optim.Adam, list(agent.parameters()), eps=args.adam_eps)
     optimizers = {name: adam(lr=args.learning_rate) for name in ("policy_and_value", "policy", "value")}
     optimizers["auxiliary"] = adam(lr=args.aux_learning_rate)
-    # What a checkpoint holds. A module beside the agent, too, belongs here, or below if each process has its own.
+    # What a checkpoint holds: a module beside the agent, too, and below what each process has of its own.
     modules = {"agent": agent, **optimizers}
     process_modules = {"tracker": tracker, "reward_normalizer": reward_normalizer}
     progress = Progress()
@@ -645,7 +646,7 @@ def train(args: argparse.Namespace) -> dict:
                     advantages, targets = compute_gae(
                         rewards=reward_normalizer(rollout.rewards, rollout.firsts[:, :-1]),
                         values=rollout.values.cpu(),
-                        final_values=rollout.final_values.cpu(),
+                        final_values=rollout.final_values,
                         firsts=rollout.firsts,
                         gamma=args.gamma,
                         gae_lambda=args.gae_lambda,
@@ -692,7 +693,7 @@ def take(data: dict[str, Tensor], segments: Tensor, device: torch.device) -> dic
 
 
 class Means:
-    """Means of metrics over passes. Their sums stay on the device: one tensor each, or they fragment a heap."""
+    """Means of metrics over passes. Only sums are kept: small tensors from each would fragment the heap."""
 
     def __init__(self):
         self.sums = {}
@@ -813,13 +814,14 @@ def allocate_observations(num_rollouts: int, space: gym.Space, device: torch.dev
 
 
 def choose_segments_per_pass(device: torch.device, num_steps: int) -> int:
-    """512 steps on a CPU, no faster with more; on a GPU half of the free memory, at an estimated 5 MB a step."""
+    """512 steps on a CPU, no faster with more; on a GPU half of the free memory, 5 MB a step (estimated)."""
     steps = torch.cuda.mem_get_info(device)[0] // 10_000_000 if device.type == "cuda" else 512
     return max(1, steps // num_steps)
 
 
 # ---- below the lesson: flags of a run, checkpoints -------------------------------------------------
 CHECKPOINT_FORMAT = 4
+EVALUATION_KEYS = ("global_step", "seed", "episodes", "level_sets")
 SAVED_OF_RUN = ("episodes", "recent", "charts", "seconds", "evaluation")
 FREE_FLAGS = (  # those that do not change what is learned: they may differ beside --resume and --evaluate
     "resume", "evaluate", "total_timesteps", "cuda", "track", "wandb_project_name", "wandb_entity",
@@ -935,7 +937,8 @@ class Run(AbstractContextManager):
         if RANK > 0:
             return
         if kind not in (None, SystemExit):  # fail() has given its reason
-            say(f"stopped at step {self.progress.global_step}; last checkpoint: {self.checkpoint_step or 'none'}")
+            step = self.progress.global_step
+            say(f"stopped at step {step}; last checkpoint: {self.checkpoint_step or 'none'}")
             if self.checkpoint_step:
                 resume = f"--resume={shlex.quote(str(self.directory))}"
                 say(f"to go on from there, give the same command and {resume}")
@@ -979,7 +982,8 @@ class Run(AbstractContextManager):
         step = self.progress.global_step
         kept, dropped, last_step = cut_rows(self.directory / "metrics.jsonl", step)
         cut_rows(self.directory / "evaluations.jsonl", step)
-        say(f"going on from step {step} with {kept} of {self.progress.iteration} rows; {dropped} later ones dropped")
+        rows = f"{kept} of {self.progress.iteration} rows; {dropped} later ones are dropped"
+        say(f"going on from step {step} of {self.args.total_timesteps} with {rows}")
         # wandb would keep a row that it has beside the same row made again: these are not sent twice.
         previous = json.loads((self.directory / "config.json").read_text())
         self.tracked_step = max(previous["tracked_step"], last_step if previous["flags"]["track"] else 0)
@@ -990,8 +994,8 @@ class Run(AbstractContextManager):
 
             name = self.directory.resolve().name
             options = {"project": self.args.wandb_project_name, "entity": self.args.wandb_entity}
-            options |= {"dir": self.directory, "config": vars(self.args), "save_code": True, "resume": "allow"}
-            self.wandb = wandb.init(id=name, name=name, **options)
+            options |= {"dir": self.directory, "config": vars(self.args), "save_code": True}
+            self.wandb = wandb.init(id=name, name=name, resume="allow", **options)
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -1042,13 +1046,16 @@ class Run(AbstractContextManager):
         step = self.progress.global_step
         try:
             with self.timed("evaluation"):
-                if RANK == 0 and args.eval_interval and (is_last or self.progress.phase % args.eval_interval == 0):
+                metrics = {}
+                is_due = args.eval_interval and (is_last or self.progress.phase % args.eval_interval == 0)
+                if RANK == 0 and is_due:
                     self.evaluation = evaluate(agent, args, level_sets(args, vars(args)), self.device, step)
                     append_row(self.directory / "evaluations.jsonl", self.evaluation)
-                    self.row |= {f"eval/{name}": x for name, x in self.evaluation.items() if "levels_" in name}
+                    for name in self.evaluation.keys() - EVALUATION_KEYS:
+                        metrics[f"eval/{name}"] = self.evaluation[name]
                 if RANK == 0 and args.capture_video:
                     record_video(agent, args, self.device, self.directory, step)
-            self.log({})
+            self.log(metrics)
         finally:  # an evaluation that fails does not lose the phase
             self.write_row()
             if args.checkpoint_interval and (is_last or self.progress.phase % args.checkpoint_interval == 0):
@@ -1066,7 +1073,7 @@ class Run(AbstractContextManager):
         buffer = io.BytesIO()  # torch.save to a full disk raises no OSError
         torch.save(content, buffer)
         buffer.seek(0)
-        torch.load(buffer, map_location="cpu", weights_only=True)  # what it would refuse later, it refuses now
+        torch.load(buffer, map_location="cpu", weights_only=True)  # refuses now what it would refuse later
         replace_file(self.directory / "checkpoint.pt", buffer.getbuffer())
         self.checkpoint_step = self.progress.global_step
 
@@ -1120,7 +1127,8 @@ def play(agent: Agent, envs: gym.vector.VectorEnv, episodes: int, seed: int, dev
 
 def evaluate(agent: Agent, args: argparse.Namespace, sets: dict[str, dict], device, step: int) -> dict:
     """Plays --eval-episodes on each of the sets of levels; prints and returns the results."""
-    results = {"global_step": step, "seed": args.seed, "episodes": args.eval_episodes, "level_sets": sets}
+    settings = (step, args.seed, args.eval_episodes, sets)
+    results = dict(zip(EVALUATION_KEYS, settings))
     for name, levels in sets.items():
         envs = make_envs(args, num_envs=min(args.num_envs, args.eval_episodes), levels=levels)
         returns = play(agent, envs, args.eval_episodes, args.seed + 10**6, device)
@@ -1170,7 +1178,6 @@ def evaluate_run(args: argparse.Namespace) -> None:
 
 # ---- main ------------------------------------------------------------------------------------------
 def stop(signum: int, frame: object) -> NoReturn:
-    signal.signal(signum, signal.SIG_DFL)  # a second one ends the process at once
     raise KeyboardInterrupt(signum)
 
 
@@ -1185,7 +1192,9 @@ def main(argv: list[str] | None = None) -> None:
             evaluate_run(args)
     except KeyboardInterrupt as interrupt:
         sys.stdout.flush()
-        signal.raise_signal(*interrupt.args)  # the shell that started this learns that a signal ended it
+        (signum,) = interrupt.args or (signal.SIGINT,)
+        signal.signal(signum, signal.SIG_DFL)
+        signal.raise_signal(signum)  # the shell that started this learns that a signal ended it
     except OSError as error:
         if error.errno is None:  # not the system's, but of a changed copy
             raise

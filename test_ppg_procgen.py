@@ -50,9 +50,9 @@ IMAGES = gym.spaces.Box(0, 255, (64, 64, 3), np.uint8)
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 # Sums depend on the number of threads: all processes that are compared to the bit have one.
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(SCRIPT.parent), *sys.path])}
-# A shell makes its background jobs deaf to SIGINT, and all that they start: these tests too, perhaps.
-LISTENING = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), "env": ENVIRONMENT}
-LISTENING |= {"stderr": subprocess.PIPE, "text": True}
+# A script makes its background jobs deaf to SIGINT: the program listens all the same.
+DEAF = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_IGN), "env": ENVIRONMENT}
+DEAF |= {"stderr": subprocess.PIPE, "text": True}
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -170,7 +170,7 @@ def learned(run_dir, *ignored):
     ignored = ("time/", "charts/SPS", *ignored)
     rows = [{k: v for k, v in row.items() if not k.startswith(ignored)} for row in read_rows(run_dir)]
     saved = leaves({name: part for name, part in read_checkpoint(run_dir).items() if name != "args"})
-    not_learned = ("/run/seconds/", "/run/charts/SPS")
+    not_learned = ("/run/seconds/", "/run/charts/SPS", "/run/evaluation")
     return rows, {name: leaf for name, leaf in saved.items() if not name.startswith(not_learned)}
 
 
@@ -729,7 +729,7 @@ ORIGINAL_RUNS = SCRIPT.parent / ".github/results/original_run.json"
 needs_original = pytest.mark.skipif(not ORIGINAL_RUNS.exists(), reason="a copy without the authors' figures")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def in_float64():
     """The script once more, its source read with float64 for float32: there two programs do not part by rounding."""
     source = SCRIPT.read_text().replace("torch.float32", "torch.float64").replace(".float()", ".double()")
@@ -947,7 +947,8 @@ def test_the_phases_get_the_right_data(tmp_path, monkeypatch, clip):
     assert [observations.shape for observations, _ in phases] == 2 * [(8, 4, 64, 64, 3)]
     for i, (rollout, (given, *estimates)) in enumerate(zip(rollouts, gaes)):
         torch.testing.assert_close(given.pop("rewards"), normalizer(rollout.rewards, rollout.firsts[:, :-1]))
-        expected = {"values": rollout.values, "firsts": rollout.firsts, "gamma": 0.9, "gae_lambda": 0.8}
+        expected = {name: getattr(rollout, name) for name in ("values", "final_values", "firsts")}
+        expected |= {"gamma": 0.9, "gae_lambda": 0.8}
         torch.testing.assert_close(given, expected)
         used, *used_estimates = updates[i]
         assert torch.equal(used.actions, rollout.actions)
@@ -961,11 +962,11 @@ def test_the_phases_get_the_right_data(tmp_path, monkeypatch, clip):
 @pytest.mark.parametrize(("flags", "count"), [((), 1), (("--e-value", 2), 2)], ids=["one Adam", "two"])
 def test_learning_rates_fall_over_the_whole_run(tmp_path, monkeypatch, flags, count):
     """They fall in all optimisers from first iteration to last, not by phases; to a new last if the run grows."""
+    rates_of = lambda optimizer: [group["lr"] for group in optimizer.param_groups]
+    used = spy_on_steps(monkeypatch, lambda optimizer: (optimizer, rates_of(optimizer)))
     real = torch.optim.Adam
     groups = lambda parameters, lr: [{"params": parameters[:3]}, {"params": parameters[3:], "lr": lr / 10}]
     monkeypatch.setattr(torch.optim, "Adam", lambda p, lr, **options: real(groups([*p], lr), lr=lr, **options))
-    rates_of = lambda optimizer: [group["lr"] for group in optimizer.param_groups]
-    used = spy_on_steps(monkeypatch, lambda optimizer: (optimizer, rates_of(optimizer)))
     rates = ("--anneal-lr", "--learning-rate", 1e-3, "--aux-learning-rate", 1e-4)
     train_in_signposts(make_args(tmp_path, *rates, *flags, *SMALL))
     fall = [1e-3, 7.5e-4, 5e-4, 2.5e-4]
@@ -979,6 +980,59 @@ def test_learning_rates_fall_over_the_whole_run(tmp_path, monkeypatch, flags, co
     fall += [1e-3 / 3, 1e-3 / 6]
     assert [row["charts/learning_rate"] for row in read_rows(only_run(tmp_path))] == pytest.approx(fall)
     assert used[-1][1] == pytest.approx([1e-4 / 6, 1e-5 / 6])
+
+
+LEARNING_FLAGS = """--learning-rate 1e-3, --adam-eps 1e-3, --gamma 0.5, --gae-lambda 0.5, --reward-norm-gamma 0.5,
+--reward-clip 0.5, --clip-coef 0.01, --kl-coef 1, --ent-coef 0.5, --vf-coef 1, --max-grad-norm 0.1, --e-policy 2,
+--e-value 2, --e-auxiliary 2, --beta-clone 9, --aux-vf-coef 2, --aux-learning-rate 1e-3, --num-aux-rollouts 4,
+--num-minibatches 1, --n-iteration 1, --num-steps 4, --arch detach, --precision bf16, --anneal-lr, --seed 3"""
+
+
+@pytest.fixture(scope="module")
+def weights_by_flags(tmp_path_factory):
+    """The weights after two phases that begin with a given learning rate and so on; the flags are a string."""
+    found = {}
+
+    def run(flags):
+        if flags not in found:
+            args = make_args(
+                tmp_path_factory.mktemp("flags"), "--e-auxiliary", 1, "--precision", "fp32", *flags.split()
+            )
+            train_in_signposts(args)
+            found[flags] = torch.cat(
+                [x.flatten() for x in read_checkpoint(only_run(args.runs_dir))["modules"]["agent"].values()]
+            )
+        return found[flags]
+
+    return run
+
+
+@pytest.mark.parametrize("flags", LEARNING_FLAGS.replace("\n", " ").split(", "))
+def test_every_flag_of_learning_matters(weights_by_flags, flags):
+    """Another value of any one of them leads to other weights."""
+    base, other = weights_by_flags(""), weights_by_flags(flags)
+    assert base.shape != other.shape or (base - other).norm() > 1e-5 * base.norm()
+
+
+def test_unequal_lengths_are_refused():
+    """A tensor with more rows than there are segments would be read at the wrong place without a word."""
+    with pytest.raises(ValueError, match="'mine': 3"):
+        ppg.take({"obs": torch.zeros(2, 4), "mine": torch.zeros(3, 4)}, torch.arange(2), CPU)
+
+
+def test_gradients_are_averaged_in_one_collective(monkeypatch):
+    """The other process has three times the gradients of this one."""
+    calls = []
+    monkeypatch.setattr(ppg, "WORLD_SIZE", 2)
+    monkeypatch.setattr(ppg.dist, "all_reduce", lambda x: calls.append(x.mul_(4)))
+    agent = make_agent()
+    agent(random_images(2), with_value=False).policy.square().sum().backward()
+    before = {name: p.grad.clone() for name, p in agent.named_parameters() if p.grad is not None}
+    ppg.average_over_processes(agent)
+    assert len(calls) == 1 and 0 < len(before) < len(list(agent.parameters()))
+    for name, parameter in agent.named_parameters():
+        assert (parameter.grad is None) == (name not in before)
+        assert name not in before or torch.equal(parameter.grad, 2 * before[name])
 
 
 def test_same_seed_same_run(tmp_path, monkeypatch):
@@ -999,7 +1053,7 @@ def test_stopped_at_any_moment_it_is_the_uninterrupted_run(tmp_path):
     checkpoint, written = None, 0
     deadline = time.monotonic() + 200
     for how in (signal.SIGKILL, signal.SIGINT, signal.SIGTERM):
-        process = subprocess.Popen([sys.executable, SCRIPT, *flags], **LISTENING)
+        process = subprocess.Popen([sys.executable, SCRIPT, *flags], **DEAF)
         try:
             while checkpoint is None or checkpoint.stat().st_mtime_ns == written:
                 assert process.poll() is None and time.monotonic() < deadline
@@ -1012,8 +1066,8 @@ def test_stopped_at_any_moment_it_is_the_uninterrupted_run(tmp_path):
             process.kill()
         written = checkpoint.stat().st_mtime_ns
         flags = ["--resume", str(checkpoint.parent)]
-        assert process.returncode == (-how if how == signal.SIGKILL else 130) and "Traceback" not in errors
-        assert how == signal.SIGKILL or f"--resume '{checkpoint.parent}'" in errors
+        assert process.returncode == -how and "Traceback" not in errors
+        assert how == signal.SIGKILL or f"--resume={checkpoint.parent}" in errors
     total = ("--total-timesteps", read_checkpoint(checkpoint.parent)["progress"]["global_step"] + PHASE)
     resume(checkpoint.parent, *total)
     assert_same_run(checkpoint.parent, train(tmp_path / "b", *total))
@@ -1090,6 +1144,7 @@ def in_each_process(path):
     agents = spy(patch, "Agent", lambda _, agent: agent)
     seen = spy(patch, "collect_rollout", lambda _, rollout: rollout.observations[:, 0].clone())
     short = ("--num-steps", 8, "--arch", "dual")
+    seeds = spy(patch, "collect_rollout", lambda *_: torch.initial_seed())
     train(path / "whole", *short, *phases(1, 2))
     watched = (*short, "--eval-interval", 1, "--eval-episodes", 2, "--capture-video")
     run_dir = train(path / "resumed", *watched, *phases(0.5, 2))
@@ -1101,7 +1156,7 @@ def in_each_process(path):
     modules = {"agent": make_agent(), "beside": beside}
     with ppg.Run(make_args(path / "beside"), CPU, ppg.Progress(), modules, {}):
         agents.append(beside)
-    results |= {"weights": [weights(agent) for agent in agents], "first observations": seen[0]}
+    results |= {"weights": [weights(agent) for agent in agents], "first observations": seen[0], "seeds": seeds}
     torch.save(results, path / f"{ppg.RANK}.pt")
     if ppg.RANK == 1:
         patch.setattr(ppg, "auxiliary_phase", lambda *args: os._exit(1))
@@ -1128,6 +1183,7 @@ def test_processes_stay_equal_but_play_levels_of_their_own(two_processes):
     assert len(first["weights"]) == len(second["weights"]) == 6
     assert all(torch.equal(one, other) for one, other in zip(first["weights"], second["weights"]))
     assert not torch.equal(first["first observations"], second["first observations"])
+    assert not set(first["seeds"]) & set(second["seeds"])  # actions and minibatches, too, are drawn by each
     assert (path / "survivor").exists()  # it neither waited for ever nor went on alone: it raised
     whole, resumed = (only_run(path / name) for name in ("whole", "resumed"))
     assert_same_run(whole, resumed, "eval/")  # neither a pause nor evaluation and film on one rank matters
@@ -1203,6 +1259,8 @@ BAD_INPUT = {
     "--env-id starpliot": "'starpilot'", "--distribution-mode extreme": "'easy', 'hard'",
     "--num-env 64": "--num-env 64", "--lerning-rate=1": "--lerning-rate=1", "--arch duel": "'dual', 'detach', 'shared'",
     "--resume a --evaluate b": "not allowed",
+    "--exp-name a/b": "without", "--exp-name a:b": "without", "--start-level 2e9": "from 0 to 1e+09",
+    "--eval-interval 1 --eval-episodes 0": "at least 1", "--resume=-x": "-x/checkpoint.pt is missing",
     "--resume=": "checkpoint.pt is missing", "--evaluate nowhere": "nowhere/checkpoint.pt is missing",
 }  # fmt: skip
 LEVELS = ("--env-id", "bossfight", "--num-levels", 3)  # its episodes, and films, are the shortest
@@ -1214,6 +1272,7 @@ def wandb(monkeypatch):
     wandb = types.SimpleNamespace(started=[], rows=[])
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     wandb.init = lambda **options: wandb.started.append(options) or wandb
+    wandb.finish = lambda exit_code: None
     wandb.log = lambda row, step: wandb.rows.append(dict(row) if step == row["global_step"] else None)
     return wandb
 
@@ -1238,8 +1297,9 @@ def evaluated(tmp_path_factory):
 
 
 def ending(capsys, *flags):
-    """Exit status and stderr of the program, run in this process."""
-    with pytest.raises(SystemExit) as end:
+    """Exit status and stderr of the program, run in this process; 128 and the number of a signal that ends it."""
+    with pytest.raises(SystemExit) as end, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(signal, "raise_signal", lambda signum: sys.exit(128 + signum))
         ppg.main([*map(str, flags)])
     return end.value.code, capsys.readouterr().err
 
@@ -1349,14 +1409,18 @@ def test_other_environments(tmp_path, monkeypatch, capsys):
         train_in_signposts(args, factory)
     assert len(list(tmp_path.glob("*/checkpoint*"))) == 1  # of the first run
     monkeypatch.setattr(Signpost, "draw", lambda self: np.zeros((1, 64, 64, 3)))
-    with pytest.raises(AssertionError, match="must be bytes"):
+    with pytest.raises(ValueError, match="their space is"):
         ppg.EpisodeTracker(Signpost(1), 1)
+    for image in (gym.spaces.Box(0, 255, (4, 84, 84), np.uint8), gym.spaces.Box(0, 1, (84, 84, 4), np.float32)):
+        with pytest.raises(ValueError, match=r"observations must be uint8 \[H, W, C\]"):
+            ppg.Agent(image, gym.spaces.Discrete(4), "dual")
 
 
 def test_the_last_episodes_are_those_of_all_processes(tmp_path, monkeypatch):
     """An iteration in which each of two processes ends hundreds of episodes counts the newest of both."""
     envs = Signpost(32)
-    doubled = lambda thing: [thing, [(t, x + 1, n) for t, x, n in thing] if isinstance(thing, list) else thing]
+    better = lambda episodes: [episode._replace(episodic_return=episode.episodic_return + 1) for episode in episodes]
+    doubled = lambda thing: [thing, better(thing) if isinstance(thing, list) else thing]
     monkeypatch.setattr(ppg, "gather_objects", doubled)  # the other process is better by 1
     flags = ("--num-envs", 32, "--num-steps", 64, "--total-timesteps", 2048, "--e-auxiliary", 0)
     summary = train_in_signposts(make_args(tmp_path, *flags), lambda *_, **__: envs)
@@ -1376,13 +1440,15 @@ def test_what_a_run_writes(tmp_path, monkeypatch, capsys, wandb):
     returned = train_in_signposts(args)
     run_dir = only_run(tmp_path)
     said = capsys.readouterr().err
-    assert f"{run_dir}: 160 of 180 steps fill iterations, 64 a phase, 64 a checkpoint" in said
+    assert f"writing to {run_dir}" in said and "is not PPO" not in said
     assert f'done: {{"episodic_return": {returned["episodic_return"]}, ' in said
     assert re.fullmatch(rf"starpilot__{SCRIPT.stem}__1__\d{{10}}", run_dir.name)
     assert set(contents(run_dir)) == {"config.json", "metrics.jsonl", "checkpoint.pt", "summary.json", SCRIPT.name}
     assert (run_dir / SCRIPT.name).read_bytes() == SCRIPT.read_bytes()
     config = json.loads(configs[0])
-    assert config["flags"] == vars(args) and config["command_line"] == sys.argv and "precision" in config
+    assert (
+        config["flags"] == vars(args) and config["command_line"] == sys.argv and config["flags"]["precision"] != "auto"
+    )
     versions = [config[name] for name in ("device", "python", "torch", "gym", "numpy")]
     assert versions == ["cpu", sys.version, torch.__version__, gym.__version__, np.__version__]
     rows = read_rows(run_dir)
@@ -1400,7 +1466,7 @@ def test_what_a_run_writes(tmp_path, monkeypatch, capsys, wandb):
     assert rows[3]["losses/aux/kl_loss"] == pytest.approx(statistics.fmean(kls[4:]), rel=1e-3, abs=1e-7)
     assert wandb.rows == rows and wandb.started[0]["config"] == vars(args)
     summary = json.loads((run_dir / "summary.json").read_text())
-    assert summary == returned and vars(args).items() <= summary.items() and summary["global_step"] == 160
+    assert summary == returned and summary["evaluation"] is None and summary["global_step"] == 160
     assert summary["peak_memory_bytes"]["host"] > 1e8 and summary["peak_memory_bytes"]["device"] == 0
     total = summary["seconds"]["total"]
     assert summary["SPS"] == pytest.approx(160 / total, rel=0.01) and sum(summary["seconds"].values()) < 2 * total
@@ -1410,9 +1476,10 @@ def test_what_a_run_writes(tmp_path, monkeypatch, capsys, wandb):
 def test_runs_that_stay_as_they_are(copied, monkeypatch, capsys):
     """Directories of a running process and of a run begun in the same second are refused; a finished run is told."""
     before = contents(copied)
-    with open(copied / "metrics.jsonl") as rows:
-        ppg.fcntl.flock(rows, ppg.fcntl.LOCK_SH)  # a process that writes locks for itself alone
-        status, said = ending(capsys, "--resume", copied, *phases(4))
+    other_process = os.open(copied, os.O_RDONLY)
+    ppg.fcntl.flock(other_process, ppg.fcntl.LOCK_SH)  # a process that writes locks for itself alone
+    status, said = ending(capsys, "--resume", copied, *phases(4))
+    os.close(other_process)
     assert status == 2 and f"error: another process is writing to {copied}" in said and contents(copied) == before
     saved = read_checkpoint(copied)
     torch.save(saved | {"modules": {"agent": saved["modules"]["agent"]}}, copied / "checkpoint.pt")
@@ -1420,7 +1487,7 @@ def test_runs_that_stay_as_they_are(copied, monkeypatch, capsys):
     (copied / "checkpoint.pt").write_bytes(before["checkpoint.pt"])  # all else is as before
     monkeypatch.setattr(time, "time", lambda: int(copied.name[-10:]))
     status, said = ending(capsys, *TINY, *LEVELS, "--runs-dir", copied.parent)
-    assert status == 1 and "File exists" in said and contents(copied) == before
+    assert status == 1 and "another run has made" in said and contents(copied) == before
     ppg.main(["--resume", str(copied)])
     said = capsys.readouterr().err
     assert "going on from step 192 of 192" in said and "done: " in said
@@ -1430,14 +1497,18 @@ def test_runs_that_stay_as_they_are(copied, monkeypatch, capsys):
 @pytest.mark.parametrize(("complete", "half", "dropped", "missing"), [(7, 0, 1, 0), (4, 40, 1, 2), (0, 0, 0, 6)])
 def test_rows_are_cut_by_iteration(copied, capsys, complete, half, dropped, missing):
     """A resumed run drops later rows and half a row, and says how many are missing, of a deleted file too."""
+    (copied / "evaluations.jsonl").write_text('{"global_step": 192}\n{"global_step": 224}\n')
     path = copied / "metrics.jsonl"
     rows = path.read_text().splitlines(keepends=True)
-    rows += 2 * [rows[5].replace('"iteration": 6', '"iteration": 7')]
+    rows += 2 * [
+        rows[5].replace('"iteration": 6', '"iteration": 7').replace('"global_step": 192', '"global_step": 224')
+    ]
     path.write_text("".join(rows[:complete]) + rows[complete][:half])
     if complete == 0:
         path.unlink()
     resume(copied, *phases(4))
     assert [row["iteration"] for row in read_rows(copied)] == [*range(1, 7 - missing), 7, 8]
+    assert (copied / "evaluations.jsonl").read_text() == '{"global_step": 192}\n'
     counts = f"{6 - missing} of 6 rows; {dropped} later ones are dropped"
     assert f"going on from step 192 of 256 with {counts}" in capsys.readouterr().err
 
@@ -1454,7 +1525,7 @@ limit_files = lambda size: lambda *_: ppg.resource.setrlimit(FILE_SIZE, (size, -
 @pytest.mark.parametrize(("function", "call", "fault", "status", "sentence", "step", "kept"), [
     (UPDATE, 2, KeyboardInterrupt(), 130, "stopped at step {}; last checkpoint: none", 32, []),
     (UPDATE, 3, NAN, 1, DIVERGED, 96, [64]), (AUXILIARY, 2, NAN, 1, DIVERGED, 128, [64]),
-    (UPDATE, 3, limit_files(10), 1, STOPPED + TOO_LARGE, 96, [64]),
+    (UPDATE, 3, limit_files(10), 1, STOPPED + TOO_LARGE, 128, [64]),
     (AUXILIARY, 2, limit_files(10**6), 1, STOPPED + TOO_LARGE, 128, [64]),
     (UPDATE, 3, FileNotFoundError("mine"), "mine", STOPPED, 64, [64]),  # an error in a changed copy
 ])  # fmt: skip
@@ -1462,6 +1533,7 @@ def test_faults(tmp_path, monkeypatch, capsys, function, call, fault, status, se
     """What stops a run leaves the last good checkpoint and a sentence; unexpected errors keep their tracebacks."""
     at_call(monkeypatch, call, fault, function)
     limits = ppg.resource.getrlimit(FILE_SIZE)
+    monkeypatch.setattr(signal, "raise_signal", lambda signum: sys.exit(128 + signum))
     try:
         with pytest.raises((SystemExit, FileNotFoundError)) as end:
             ppg.main([*TINY, "--runs-dir", str(tmp_path), *phases(3)])
@@ -1471,6 +1543,7 @@ def test_faults(tmp_path, monkeypatch, capsys, function, call, fault, status, se
     assert [
         read_checkpoint(path.parent)["progress"]["global_step"] for path in tmp_path.glob("*/checkpoint.pt")
     ] == kept
+    assert not list(tmp_path.glob("*/*.tmp"))
 
 
 def test_nan_beside_the_agent(tmp_path, capsys):
@@ -1488,17 +1561,19 @@ def test_advice(tmp_path, monkeypatch, capsys, wandb):
         with monkeypatch.context() as patch:
             at_call(patch, call, KeyboardInterrupt())
             _, said = ending(capsys, *flags)
-        step, words = re.search(r"checkpoint: (\d+)\nto go on from there, .* command and (--resume .*)", said).groups()
+        step, words = re.search(r"checkpoint: (\d+)\nto go on from there, .* command and (--resume=.*)", said).groups()
         return [*map(str, flags), *shlex.split(words)], int(step)
 
-    command, step = stopped(3, *TINY, *phases(3), "--track", "--runs-dir", tmp_path / "my runs")
-    run_dir = only_run(tmp_path / "my runs")
-    assert command[-2:] == ["--resume", str(run_dir)] and step == 64
+    command, step = stopped(3, *TINY, *phases(3), "--track", "--runs-dir", tmp_path / "it's mine")
+    run_dir = only_run(tmp_path / "it's mine")
+    assert command[-1] == f"--resume={run_dir}" and step == 64
     command, step = stopped(5, *command, "--total-timesteps", 256, "--checkpoint-interval", 2)  # none in phase 3
-    assert command[-2:] == ["--resume", str(run_dir)] and step == 128
+    assert command[-1] == f"--resume={run_dir}" and step == 128
     ppg.main(command)
     assert [row["iteration"] for row in read_rows(run_dir)] == [*range(1, 9)]
     assert {options["id"] for options in wandb.started} == {run_dir.name} and len(wandb.started) == 3
+    # Rows that were made again, of step 96 and 160, are not logged again.
+    assert [row["global_step"] for row in wandb.rows] == [*range(32, 257, 32)]
 
 
 class Malice:
@@ -1511,7 +1586,7 @@ class Malice:
 @pytest.mark.parametrize(("change", "words"), [
     (lambda saved: torch.zeros(3), "is not a checkpoint of this version"),
     (lambda saved: saved | {"format": 0}, "is not a checkpoint of this version"),
-    (lambda saved: saved | {"args": saved["args"] | {"my_flag": 1}}, "a flag that this script lacks, my_flag"),
+    (lambda saved: saved | {"args": saved["args"] | {"my_flag": 1}}, "of a script with other flags (my_flag)"),
     (lambda saved: saved | {"run": Malice()}, "not a checkpoint (UnpicklingError)"),
     (None, "damaged or not a checkpoint (RuntimeError)"),
 ])  # fmt: skip
@@ -1530,11 +1605,46 @@ def test_bad_checkpoints(copied, monkeypatch, capsys, change, words):
     assert contents(copied) == before and not Path("victim").exists()
 
 
+def test_precision_stays_that_of_the_run(tmp_path, monkeypatch, capsys):
+    """What auto meant on the first machine is a flag of the run, and said where it is slow; passes are chosen anew."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    run_dir = train(tmp_path, *phases(1))
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    resume(run_dir, *phases(2), "--precision", "auto")
+    assert "--precision bf16 is slow" in capsys.readouterr().err
+    flags = json.loads((run_dir / "config.json").read_text())["flags"]
+    assert (flags["precision"], flags["segments_per_pass"]) == ("bf16", 0)
+
+
+def test_system_errors(tmp_path, capsys, copied):
+    """Each is a sentence with its path and reason; rows are never cut halfway."""
+    (tmp_path / "file").touch()
+    status, said = ending(capsys, *TINY, "--runs-dir", tmp_path / "file" / "runs")
+    assert status == 1 and re.search(f"error: {tmp_path}/file/runs/.*: Not a directory\n", said)
+    before = contents(copied)
+    (copied / "metrics.jsonl").write_bytes(before["metrics.jsonl"] + b'{"global_step": 999}\n')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "write_bytes", lambda path, _: path.touch() or path.rename(path / "no" / "room"))
+        assert ending(capsys, "--resume", copied, *phases(4))[0] == 1
+    assert contents(copied) == before | {"metrics.jsonl": before["metrics.jsonl"] + b'{"global_step": 999}\n'}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ppg, "WORLD_SIZE", 2)
+        assert "takes one process" in refusal(capsys, "--evaluate", copied)
+
+
+def test_shared_is_not_ppo(tmp_path, capsys):
+    """--arch shared with an auxiliary phase says so."""
+    train_in_signposts(make_args(tmp_path / "a", "--arch", "shared", "--e-auxiliary", 1, "--total-timesteps", 32))
+    assert "is not PPO" in capsys.readouterr().err
+    train_in_signposts(make_args(tmp_path / "b", *PPO, "--total-timesteps", 32))
+    assert "is not PPO" not in capsys.readouterr().err
+
+
 def test_flags_beside_resume(on_levels, monkeypatch, capsys):
     """What changes the learning may be repeated, all else may differ; the checkpoint's own path is understood."""
     args = ppg.parse_args(["--resume", str(on_levels), "--num-steps", "16", "--env-threads", "2"])
     assert (args.num_levels, args.num_steps, args.env_threads, args.env_id) == (3, 16, 2, "bossfight")
-    for flags in (["--gamma", 0.9], ["--arch", "dual"], ["--seed", 2], ["--anneal-lr"], ["--precision", "bf16"]):
+    for flags in (["--gamma", 0.9], ["--arch", "dual"], ["--seed", 2], ["--anneal-lr"], ["--precision", "bf16-aux"]):
         assert f"leave out {flags[0]}:" in refusal(capsys, "--resume", on_levels, *flags)
     assert "at least 192" in refusal(capsys, "--resume", on_levels, *phases(2))
     with monkeypatch.context() as patch:
@@ -1555,7 +1665,7 @@ def test_what_a_run_says(tmp_path, monkeypatch, capsys, terminal):
     lines = re.split(r"[\r\n]", said)
     start = r" *\d+%\|.*\| 32/128 " if terminal else "step 32 of 128: "
     assert any(re.match(rf"{start}.*episodic_return=\d", line) for line in lines)
-    assert any(re.match(r"auxiliary phase: .*\| \d/4 ", line) for line in lines) == terminal
+    assert any(re.match(r"auxiliary epoch 1: .*\| \d/4 ", line) for line in lines) == terminal
     assert ("\r" in said, "\x1b" in said) == (terminal, terminal)
 
 
@@ -1588,7 +1698,10 @@ def test_evaluation_report(copied, monkeypatch, capsys):
     expected = {"train_levels_return": 5, "train_levels_standard_error": (13 / 3) ** 0.5, "episodes": 3, "seed": 1}
     expected |= {"train_levels_normalized_return": 4.5 / 12.5, "all_levels_normalized_return": 1.5 / 12.5}
     expected |= {"all_levels_return": 2, "all_levels_standard_error": (1 / 3) ** 0.5, "global_step": 192}
+    all_levels = {"num_levels": 0, "start_level": 0}
+    assert report.pop("level_sets") == {"train_levels": {"num_levels": 3, "start_level": 0}, "all_levels": all_levels}
     assert report == pytest.approx(expected)
+    report["level_sets"] = {"train_levels": {"num_levels": 3, "start_level": 0}, "all_levels": all_levels}
     ppg.main(["--evaluate", str(copied), "--eval-episodes", "1", "--seed", "7"])
     other = json.loads(capsys.readouterr().out)
     assert other["all_levels_standard_error"] is None and other["train_levels_return"] == 2 and other["seed"] == 7
@@ -1596,8 +1709,18 @@ def test_evaluation_report(copied, monkeypatch, capsys):
     path = copied / "evaluations.jsonl"
     assert [json.loads(line) for line in path.read_text().splitlines()] == [report, other]
     path.unlink()
-    path.symlink_to("/dev/null/none")  # what cannot be kept is not played
-    assert ending(capsys, "--evaluate", copied)[0] == 1 and len(seeds) == 4
+    path.symlink_to("/dev/null/none")
+    ppg.main(["--evaluate", str(copied), "--eval-episodes", "2"])
+    output = capsys.readouterr()
+    assert json.loads(output.out)["episodes"] == 2 and f"not stored in {path}: Not a directory" in output.err
+    path.unlink()
+    levels = {"num_levels": 3, "start_level": 1000}
+    ppg.main(["--evaluate", str(copied), "--eval-episodes", "2", "--start-level", "1000"])
+    chosen = json.loads(capsys.readouterr().out)
+    assert chosen["level_sets"] == {"chosen_levels": levels} and chosen["chosen_levels_return"] == 3
+    films = spy(monkeypatch, "make_envs", lambda a, _: a.get("film"))
+    ppg.main(["--evaluate", str(copied), "--eval-episodes", "0", "--capture-video", "--seed", "8"])
+    assert films[-1]["prefix"] == "step192-seed8-" and not capsys.readouterr().out
 
 
 def test_evaluation_and_film_leave_the_training_alone(on_levels, evaluated):
@@ -1605,9 +1728,11 @@ def test_evaluation_and_film_leave_the_training_alone(on_levels, evaluated):
     assert_same_run(on_levels, evaluated, "eval/")
     rows = read_rows(evaluated)
     names = {f"eval/{x}_levels_{y}" for x in ("train", "all") for y in ("return", "normalized_return")}
-    assert [names <= set(row) for row in rows] == [i == 3 for i in range(6)]  # after the second phase
+    assert [names <= set(row) for row in rows] == [i in (3, 5) for i in range(6)]  # after two phases, and at the end
+    results = [json.loads(line) for line in (evaluated / "evaluations.jsonl").read_text().splitlines()]
+    assert json.loads((evaluated / "summary.json").read_text())["evaluation"] == results[-1] != results[0]
     for step in (64, 128, 192):
-        film = importlib.import_module("imageio").get_reader(evaluated / f"videos/step{step}-00000.mp4")
+        film = importlib.import_module("imageio").get_reader(evaluated / f"videos/step{step}-seed1-00000.mp4")
         frames = [film.get_data(i) for i in range(10)]
         assert frames[0].shape == (512, 512, 3) and any((frame != frames[0]).any() for frame in frames)
 
@@ -1621,59 +1746,150 @@ def test_offline_wandb_and_film_from_a_shell(tmp_path):
     assert all(name.encode() in data.read_bytes() for row in read_rows(only_run(tmp_path / "runs")) for name in row)
 
 
-@pytest.mark.parametrize(("device", "flag", "gpu", "home"), [  # GB free on the GPU
-    ("cuda", "auto", 800, "empty {'dtype': torch.uint8, 'device': device(type='cuda')}"),
-    ("cuda", "auto", 700, "zeros {'dtype': torch.uint8, 'pin_memory': True}"),
-    ("cuda", "cpu", 800, "zeros {'dtype': torch.uint8, 'pin_memory': True}"),
-    ("cpu", "auto", 0, "zeros {'dtype': torch.uint8, 'pin_memory': False}"),
+@pytest.mark.parametrize(("device", "gpu", "home"), [  # GB free on the GPU
+    ("cuda", 800, "empty {'dtype': torch.uint8, 'device': device(type='cuda')}"),
+    ("cuda", 700, "zeros {'dtype': torch.uint8, 'pin_memory': True}"),
+    ("cpu", 0, "zeros {'dtype': torch.uint8, 'pin_memory': False}"),
 ])  # fmt: skip
-def test_home_of_the_observations(tmp_path, monkeypatch, capsys, device, flag, gpu, home):
+def test_home_of_the_observations(tmp_path, monkeypatch, capsys, device, gpu, home):
     """618.5 GB go to the GPU if they are 80 % of what is free there, else to the host, pinned for a GPU."""
     args = make_args(tmp_path, "--num-envs", 4096, "--num-steps", 4096, "--total-timesteps", 2e9)
-    args.aux_buffer_device = flag
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (gpu * 10**9, 10**15))
     for name in ("empty", "zeros"):
         monkeypatch.setattr(torch, name, lambda shape, name=name, **options: (shape, f"{name} {options}"))
-    found = ppg.allocate_observations(3, (64, 64, 3), torch.device(device), args)
+    found = ppg.allocate_observations(3, IMAGES, torch.device(device), args)
     assert found == ((3, 4096, 4096, 64, 64, 3), home)
     assert "take 618.48 GB in each process" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("hardware", ["avx512_bf16", "amx_bf16", "avx2", "new GPU", "old GPU"])
-def test_choices_by_hardware(tmp_path, monkeypatch, hardware):
-    """bfloat16 is chosen where it is fast, and on a GPU of 80 GB a pass of many steps; --precision overrides."""
+def test_choices_by_hardware(tmp_path, monkeypatch, capsys, hardware):
+    """bfloat16 is chosen where it is fast, once for a run; passes by memory; collectives for host and device."""
+    backends = []
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {hardware: True})
+    monkeypatch.setattr(ppg, "WORLD_SIZE", 2)
+    monkeypatch.setattr(ppg.dist, "init_process_group", lambda backend, **_: backends.append(backend))
     answers = {"is_available": "GPU" in hardware, "is_bf16_supported": "new" in hardware, "device_count": 1}
     for name, answer in (answers | {"set_device": None, "mem_get_info": (80 * 10**9, 0)}).items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
-    device, precision = ppg.start_process(make_args(tmp_path, "--cuda"))
-    assert precision == {"avx512_bf16": "bf16", "amx_bf16": "bf16", "new GPU": "bf16-aux"}.get(hardware, "fp32")
-    assert ppg.choose_steps_per_pass(device) == (8000 if "GPU" in hardware else 512)
-    assert ppg.start_process(make_args(tmp_path, "--cuda", "--precision", "bf16"))[1] == "bf16"
+    args = make_args(tmp_path, "--cuda")
+    device = ppg.start_process(args)
+    fast = {"avx512_bf16": "bf16", "amx_bf16": "bf16", "new GPU": "bf16-aux"}.get(hardware, "fp32")
+    assert args.precision == fast and "is slow" not in capsys.readouterr().err
+    assert [ppg.choose_segments_per_pass(device, t) for t in (256, 999999)] == [31 if "GPU" in hardware else 2, 1]
+    assert backends == ["cpu:gloo,cuda:nccl" if "GPU" in hardware else "gloo"]
+    ppg.start_process(make_args(tmp_path, "--no-cuda"))
+    assert backends[1] == "gloo"
+    args.precision = "bf16"
+    ppg.start_process(args)
+    assert args.precision == "bf16" and ("is slow" in capsys.readouterr().err) == (fast == "fp32")
 
 
-@pytest.mark.skipif(not README.exists(), reason="a copy without its README")
-def test_readme(on_levels, evaluated, tmp_path, monkeypatch):
-    """Its commands are understood, its table has just the metrics that a run writes, and its snippet draws them."""
-    monkeypatch.setenv("MPLBACKEND", "Agg")
-    text = README.read_text().replace("\\\n", " ")
-    commands = re.findall(r"(?:python|torchrun [^`\n]*?) ppg_procgen\.py([^`\n&|#>;]*)", text)
-    assert len(commands) > 10
-    for command in commands:
-        flags = re.sub(r"(--resume|--evaluate) \S+", rf"\1 {on_levels}", command.replace("--help", ""))
-        ppg.parse_args(shlex.split(re.sub(r"\$\w+", "1", flags)))
-    cells = "".join(re.findall(r"^\| (`[^|]*`) \|", text, flags=re.MULTILINE))
+def readme_block(heading, index=0, path=README):
+    """A python block of README, or of another page: the one at this index below the heading that begins so."""
+    _, _, section = path.read_text().partition(f"\n## {heading}")
+    blocks = re.findall(r"```python\n(.*?)```", section.partition("\n## ")[0], flags=re.DOTALL)
+    return blocks[index]
+
+
+needs_readme = pytest.mark.skipif(not README.exists(), reason="a copy without its README")
+
+
+@needs_readme
+def test_readme_commands(on_levels):
+    """Every command is understood, on the pages beside results too."""
+    pages = [README, README.parent / ".github/results/README.md"]
+    for page in pages:
+        text = page.read_text().replace("$game", "starpilot")
+        commands = re.findall(r"(?:python|torchrun [^`\n]*?|uv run) ppg_procgen\.py([^`\n&|#>;]*)", text)
+        assert len(commands) >= 5
+        for command in commands:
+            flags = re.sub(r"(--resume|--evaluate)[ =]\S+", rf"\1 {on_levels}", command.replace("--help", ""))
+            ppg.parse_args(shlex.split(re.sub(r"\$\w+", "1", flags)))
+
+
+@needs_readme
+def test_readme_metrics(evaluated):
+    """Its table has just the metrics that a run writes."""
+    cells = "".join(re.findall(r"^\| (`[^|]*`) \|", README.read_text(), flags=re.MULTILINE))
     metrics = set(re.findall(r"`([a-z_]+(?:/\w+)+|iteration|phase|global_step|episodes)`", cells))
     assert metrics == set().union(*read_rows(evaluated))
-    (snippet,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+
+
+@needs_readme
+def test_readme_draws_curves(tmp_path, monkeypatch, evaluated):
+    """Runs of its example, one of which has just begun; a metric with gaps; the picture of README."""
+    monkeypatch.setenv("MPLBACKEND", "Agg")
     shutil.copytree(README.parent / ".github", tmp_path / ".github")
     monkeypatch.chdir(tmp_path)
+    for seed in (1, 2, 3):
+        Path(f"runs/x__ppo__{seed}__0").mkdir(parents=True)
+        Path(f"runs/x__ppo__{seed}__0/metrics.jsonl").touch()
+    rows = [{"global_step": 64, "charts/SPS": 1.0}, {"global_step": 128, "charts/episodic_return": 2.0}]
+    Path("runs/x__ppo__2__0/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:1]))
+    Path("runs/x__ppo__3__0/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     names = {}
-    exec(snippet, names)  # noqa: S102 (it draws the README's own picture)
-    names["draw"](names["axes"], "this run", [str(evaluated / "metrics.jsonl")])
-    _, figures = names["axes"].lines[-1].get_data()
-    np.testing.assert_array_equal(figures, [row.get("charts/episodic_return", np.nan) for row in read_rows(evaluated)])
-    assert (tmp_path / "curves.png").stat().st_size > 10_000
+    exec(readme_block("Your own runs"), names)  # noqa: S102
+    (mean, run) = names["own"].lines
+    assert mean.get_xydata().tolist() == run.get_xydata().tolist() == [[128e-6, 2.0]]
+    names["draw"](names["own"], "evaluations", [str(evaluated / "metrics.jsonl")], metric="eval/all_levels_return")
+    drawn = names["own"].lines[-1].get_ydata().tolist()
+    assert drawn == [row["eval/all_levels_return"] for row in read_rows(evaluated) if "eval/all_levels_return" in row]
+    exec(readme_block("The picture", path=README.parent / ".github/results/README.md"), names)  # noqa: S102
+    assert [len(axes.lines) for axes in names["panels"].flat] == [6, 6, 7, 8]
+    assert Path("curves.png").stat().st_size > 10_000
+
+
+@needs_readme
+def test_readme_tabulates_summaries(tmp_path, monkeypatch, capsys):
+    """Two seeds of a game, what stands for another game, another algorithm, and a run without an episode."""
+    monkeypatch.chdir(tmp_path)
+    sizes = "--num-envs 8 --num-steps 64 --total-timesteps 512 --e-auxiliary 0 --no-cuda --exp-name ppg --seed"
+    for seed in (1, 2):
+        ppg.train(ppg.parse_args([*sizes.split(), str(seed)]))
+    summaries = [json.loads(file.read_text()) for file in Path("runs").glob("*/summary.json")]
+    first, second = (summary["normalized_return"] for summary in summaries)
+    changes = ({"env_id": "coinrun", "normalized_return": 0.5}, {"exp_name": "ppo"}, {"normalized_return": None})
+    for i, change in enumerate(changes):
+        Path(f"runs/{i}").mkdir()
+        Path(f"runs/{i}/summary.json").write_text(json.dumps(summaries[0] | change))
+    exec(readme_block("Your own runs", 1), {})  # noqa: S102
+    printed = capsys.readouterr().out
+    mean, low, high = ((0.5 + x) / 2 for x in ((first + second) / 2, min(first, second), max(first, second)))
+    assert f"ppg: {mean:.3f}, {low:.3f} to {high:.3f}, games: 2\n" in printed
+    assert f"ppo: {first:.3f}, {first:.3f} to {first:.3f}, games: 1\n" in printed
+    assert re.search(r"starpilot +ppg +\S+ +\S+ +2$", printed, flags=re.MULTILINE)
+
+
+@needs_readme
+def test_readme_plays_an_agent(on_levels):
+    """From Python: probabilities that add up to 1, a value for each environment."""
+    names = {"run_dir": str(on_levels), "ppg": ppg}
+    exec(readme_block("From Python").replace("import ppg_procgen as ppg\n", ""), names)  # noqa: S102
+    assert names["probabilities"].sum(1).tolist() == pytest.approx([1] * 4, rel=1e-5)
+    assert names["values"].shape == (4,) and names["tracker"].num_steps == 100
+
+
+@needs_readme
+def test_readme_agent_before_the_auxiliary_phase(tmp_path):
+    """That of a run without it: same rows of metrics in the first phase, but for times."""
+    rows = []
+    for epochs in (0, 1):
+        run_dir = train(tmp_path / str(epochs), "--e-auxiliary", epochs, *phases(1))
+        rows.append(
+            [{k: x for k, x in row.items() if k.startswith("losses") and "aux" not in k} for row in read_rows(run_dir)]
+        )
+    assert rows[0] == rows[1]
+
+
+@needs_readme
+def test_requirements_are_the_inline_metadata():
+    """A copied file alone, and a clone, get the same packages; Procgen first, where an unsupported Python fails."""
+    lines = [line.partition("#")[0].strip() for line in README.with_name("requirements.txt").read_text().splitlines()]
+    (block,) = re.findall(r"# dependencies = \[\n(.*?)# \]\n", SCRIPT.read_text(), flags=re.DOTALL)
+    inline = re.findall(r'"(.*?)"', block)
+    assert lines[0].startswith("procgen==") and len(inline) == 9
+    assert {line.replace('"', "'") for line in lines if not line.startswith("pytest==")} == set(inline)
 
 
 mark_section("program")
@@ -1704,7 +1920,7 @@ def test_updates_on_a_gpu_are_those_on_the_cpu(tmp_path, monkeypatch, home):
     flags = "--precision fp32 --num-minibatches 1 --n-iteration 1 --num-aux-rollouts 4 --e-auxiliary 2"
     rollout = random_rollout(make_agent(), 4, 8)
     _, expected, expected_metrics = after_both_updates(rollout, make_args(tmp_path, *flags.split()))
-    args = make_args(tmp_path, *flags.split(), "--cuda", "--aux-buffer-device", "auto" if home == "cuda" else home)
+    args = make_args(tmp_path, *flags.split(), "--cuda", "--cuda")
     buffer, found, metrics = after_both_updates(rollout, args)
     assert buffer.device.type == home and buffer.is_pinned() == (home == "cpu")
     assert_same_change(found, expected, weights(make_agent()))
