@@ -525,8 +525,8 @@ def policy_update(agent: Agent, optimizers, rollout, advantages, targets, args, 
         epochs = [(optimizers["value"], False, True)] * args.e_value
         epochs += [(optimizers["policy"], True, False)] * args.e_policy
     for optimizer, learn_policy, learn_value in epochs:
-        # Minibatches are whole segments, not shuffled steps, as in O: a recurrent network can read them. Steps
-        # of a segment are alike, but a minibatch holds many; advantages are normalised over all before.
+        # Minibatches are whole segments, not shuffled steps, as in O: a recurrent network can read them.
+        # Steps of a segment are alike, but a minibatch holds many; advantages are normalised over all.
         for minibatch in torch.randperm(args.num_envs).split(args.num_envs // args.num_minibatches):
             optimizer.zero_grad()
             passes = split_equally(minibatch, max_segments)
@@ -995,7 +995,10 @@ class Run(AbstractContextManager):
             name = self.directory.resolve().name
             options = {"project": self.args.wandb_project_name, "entity": self.args.wandb_entity}
             options |= {"dir": self.directory, "config": vars(self.args), "save_code": True}
-            self.wandb = wandb.init(id=name, name=name, resume="allow", **options)
+            try:
+                self.wandb = wandb.init(id=name, name=name, resume="allow", **options)
+            except wandb.errors.Error as error:
+                fail(f"Weights & Biases refuses: {error} WANDB_MODE=offline needs no login.", 1)
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:

@@ -1587,6 +1587,7 @@ class Malice:
     (lambda saved: torch.zeros(3), "is not a checkpoint of this version"),
     (lambda saved: saved | {"format": 0}, "is not a checkpoint of this version"),
     (lambda saved: saved | {"args": saved["args"] | {"my_flag": 1}}, "of a script with other flags (my_flag)"),
+    (lambda saved: saved | {"args": {k: v for k, v in saved["args"].items() if k != "gamma"}}, "other flags (gamma)"),
     (lambda saved: saved | {"run": Malice()}, "not a checkpoint (UnpicklingError)"),
     (None, "damaged or not a checkpoint (RuntimeError)"),
 ])  # fmt: skip
@@ -1742,6 +1743,9 @@ def test_offline_wandb_and_film_from_a_shell(tmp_path):
     flags = (*TINY, *LEVELS, *phases(1), "--track", "--capture-video")
     done = program(*flags, cwd=tmp_path, WANDB_MODE="offline", WANDB_SILENT="true")
     assert done.returncode == 0 and "arning" not in done.stderr and "pkg_resources" not in done.stderr, done.stderr
+    refused = program(*flags, "--runs-dir", "refused", cwd=tmp_path, HOME=str(tmp_path), WANDB_API_KEY="")
+    assert refused.returncode == 1 and not (tmp_path / "refused").exists(), refused.stderr
+    assert "error: Weights & Biases refuses: No API key" in refused.stderr and "Traceback" not in refused.stderr
     (data,) = tmp_path.glob("runs/*/wandb/offline-run-*/*.wandb")
     assert all(name.encode() in data.read_bytes() for row in read_rows(only_run(tmp_path / "runs")) for name in row)
 
