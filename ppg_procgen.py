@@ -150,7 +150,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--total-timesteps must be at least one rollout, {iteration_steps} steps")
     if args.e_auxiliary and args.num_envs * args.n_iteration % args.num_aux_rollouts:
         parser.error(f"--num-aux-rollouts must divide N x N_pi, {args.num_envs * args.n_iteration}")
-    if args.eval_interval and args.eval_episodes == 0:
+    if args.evaluate is None and args.eval_interval and args.eval_episodes == 0:
         parser.error("--eval-interval needs --eval-episodes of at least 1")
     return args
 
@@ -314,7 +314,6 @@ def make_envs(args, *, num_envs: int, levels: dict | None = None, film: dict | N
     limit ended it, info["final_obs"][i] is its last. With get_state() and set_state(state) resumed runs are
     exact: all that decides what comes next, random numbers too, as numbers, strings, bytes, tensors, lists or
     dicts.
-    check_envs of the test file plays them and says what is missing.
     """
     levels = levels or {"num_levels": args.num_levels, "start_level": args.start_level}
     options = {"env_name": args.env_id, "distribution_mode": args.distribution_mode}
@@ -876,11 +875,22 @@ def with_flags_of_run(args: argparse.Namespace, parser: argparse.ArgumentParser,
     return flags
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """A write to a full disk raises an error that names no file."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or path
+        raise
+
+
 def replace_file(path: Path, content: bytes) -> None:
     """Atomically: a failure leaves the file as it was, and nothing half-written beside it."""
     temporary = path.with_suffix(".tmp")
     try:
-        temporary.write_bytes(content)
+        with naming(path):
+            temporary.write_bytes(content)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -888,7 +898,7 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def append_row(path: Path, row: dict) -> None:
-    with open(path, "a") as file:
+    with naming(path), open(path, "a") as file:
         file.write(json.dumps(row) + "\n")
 
 
@@ -942,8 +952,6 @@ class Run(AbstractContextManager):
             if self.checkpoint_step:
                 resume = f"--resume={shlex.quote(str(self.directory))}"
                 say(f"to go on from there, give the same command and {resume}")
-        if isinstance(error, OSError) and error.filename is None:  # a full disk names no file
-            error.filename = self.directory
         with suppress(OSError):
             self.write_row()
         if self.wandb:

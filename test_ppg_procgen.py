@@ -15,6 +15,7 @@ user runs it. A copy of the script, ppg_rnd.py, is tested by a copy of this file
 """
 
 import copy
+import errno
 import importlib
 import inspect
 import json
@@ -1356,7 +1357,7 @@ def play_at_random(envs, steps):
 def test_game(tmp_path, game):
     """A game moves, the seed decides what it shows, and its state continues in environments of another seed."""
     args = make_args(tmp_path, "--env-id", game)
-    envs, same, other = [ppg.make_envs(args, num_envs=2, num_levels=0) for _ in range(3)]
+    envs, same, other = [ppg.make_envs(args, num_envs=2) for _ in range(3)]
     first = envs.reset(seed=7)[0].copy()
     assert first.shape == (2, 64, 64, 3) and first.dtype == np.uint8
     assert np.array_equal(same.reset(seed=7)[0], first) and not np.array_equal(other.reset(seed=8)[0], first)
@@ -1624,9 +1625,15 @@ def test_system_errors(tmp_path, capsys, copied):
     assert status == 1 and re.search(f"error: {tmp_path}/file/runs/.*: Not a directory\n", said)
     before = contents(copied)
     (copied / "metrics.jsonl").write_bytes(before["metrics.jsonl"] + b'{"global_step": 999}\n')
+
+    def write_to_a_full_disk(path, content):
+        path.write_text("half of it")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Path, "write_bytes", lambda path, _: path.touch() or path.rename(path / "no" / "room"))
-        assert ending(capsys, "--resume", copied, *phases(4))[0] == 1
+        patch.setattr(Path, "write_bytes", write_to_a_full_disk)
+        status, said = ending(capsys, "--resume", copied, *phases(4))
+    assert status == 1 and f"error: {copied}/metrics.jsonl: No space left on device\n" in said
     assert contents(copied) == before | {"metrics.jsonl": before["metrics.jsonl"] + b'{"global_step": 999}\n'}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ppg, "WORLD_SIZE", 2)
