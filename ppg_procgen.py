@@ -24,7 +24,7 @@ O is the authors' code, github.com/openai/phasic-policy-gradient; README.md list
 # requires-python = ">=3.10,<3.13"
 # dependencies = [
 #     "procgen==0.10.7; python_version < '3.11'", "procgen-mirror==0.10.7; python_version >= '3.11'",
-#     "torch==2.13.0", "gym==0.26.2", "numpy==1.26.4", "tqdm==4.70.1", "wandb==0.31.0", "imageio==2.22.4",
+#     "torch==2.13.0", "gym==0.26.2", "numpy==1.26.4", "wandb==0.31.0", "imageio==2.22.4",
 #     "setuptools==80.9.0",
 # ]
 # ///
@@ -59,12 +59,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution
-from tqdm import tqdm
 
 gym_notices.notices.notices.clear()  # or gym prints a page about its successor
 import gym
 from gym3 import VideoRecorderWrapper
-from procgen import ProcgenGym3Env
+from procgen.env import ENV_NAMES, ProcgenGym3Env
 
 Distribution.set_default_validate_args(False)  # it synchronises a GPU at every call
 
@@ -230,8 +229,8 @@ class Agent(nn.Module):
             policy = self.policy_head(policy_features).unflatten(0, batch_shape)
             aux_values = self.aux_value_head(policy_features).view(batch_shape)
         if with_value:
-            # In one network, values may shape the features in the auxiliary phase alone, where the KL term
-            # holds the policy still meanwhile (P, section 3.5).
+            # In one network, values may shape the features in the auxiliary phase alone (P, section 3.6): there
+            # the KL term holds the policy still meanwhile.
             if self.arch == "detach" and not auxiliary_phase:
                 value_features = value_features.detach()
             values = self.value_head(value_features).view(batch_shape)
@@ -251,12 +250,14 @@ RETURN_RANGES = {  # R_min, R_max: easy, then hard (Cobbe et al. 2019, arXiv 191
     "jumper": (3, 10, 1, 10), "leaper": (3, 10, 1.5, 10), "maze": (5, 10, 4, 10),
     "miner": (1.5, 13, 1.5, 20), "ninja": (3.5, 10, 2, 10), "plunder": (4.5, 30, 3, 30),
     "starpilot": (2.5, 64, 1.5, 35)}  # fmt: skip
-GAMES = tuple(RETURN_RANGES)
+FREE_ENVIRONMENT_FLAGS = ("env_threads",)  # those that may differ beside --resume and --evaluate,
+EVALUATION_FLAGS = ("num_levels", "start_level")  # those that may differ beside --evaluate,
+SUMMARY_FLAGS = ("env_id", "distribution_mode")  # and those that summary.json repeats
 
 
 def add_environment_flags(add: Callable) -> None:
     level = partial(number, kind=int, high=10**9)  # Procgen's levels are numbered up to 2**31
-    add("--env-id", choices=GAMES, default="starpilot", metavar="GAME", help=", ".join(GAMES))
+    add("--env-id", choices=ENV_NAMES, default="starpilot", metavar="GAME", help=", ".join(ENV_NAMES))
     add("--distribution-mode", choices=("easy", "hard"), default="easy", help="kind of levels")
     add("--num-levels", type=level, default=0, help="training levels; 0 = all")
     add("--start-level", type=level, default=0, help="the first of them; unused if they are all")
@@ -390,7 +391,8 @@ class RewardNormalizer(nn.Module):
         self.gamma = gamma
         self.clip = clip
         self.register_buffer("returns", torch.zeros(num_envs, dtype=torch.float64))  # R_{t-1} of this process
-        # Of all R_t of all processes: number, sum and sum of squares, as if 1e-4 of them had variance 1.
+        # Of all R_t of all processes: number, sum and sum of squares. They begin as if 1e-4 of an R_t had been
+        # seen, with variance 1.
         self.register_buffer("sums", torch.tensor([1e-4, 0, 1e-4], dtype=torch.float64))
 
     def forward(self, rewards: Tensor, firsts: Tensor) -> Tensor:
@@ -504,12 +506,13 @@ def collect_rollout(agent: Agent, tracker: EpisodeTracker, observations: Tensor,
 def policy_update(agent: Agent, optimizers, rollout, advantages, targets, args, max_segments: int) -> dict:
     """E_pi policy epochs and E_V value epochs on a rollout; advantages, targets [N, T]. Returns metrics.
 
-    The surrogate holds for actions of almost the present policy: it needs fresh data, and bears few epochs
-    (P, section 3.2). Values are regressed on targets that stay true for longer: E_V may exceed E_pi (3.3).
+    The surrogate holds for actions of almost the present policy: it needs fresh data, and using them again
+    brings little (P, section 3.2). Value targets are numbers to regress on, and their training has become
+    independent of the policy's: they may be used more often, E_V > E_pi (P, section 2).
     """
     mean, variance = mean_and_variance(global_sums(advantages))
-    # What a loss draws at random, an augmentation say, is drawn here, as an entry with a row for each
-    # segment: then it does not depend on the size of passes.
+    # Random numbers of a new loss (an augmentation's shifts) would be an entry more, with a row for each
+    # segment: drawn in a pass, they would depend on the size of passes.
     data = {
         "obs": rollout.observations,
         "actions": rollout.actions,
@@ -521,11 +524,12 @@ def policy_update(agent: Agent, optimizers, rollout, advantages, targets, args, 
     if args.e_policy == args.e_value:
         epochs = [(optimizers["policy_and_value"], True, True)] * args.e_policy
     else:
-        epochs = [(optimizers["value"], False, True)] * args.e_value
+        epochs = [(optimizers["value"], False, True)] * args.e_value  # first, as in O (ppo.py)
         epochs += [(optimizers["policy"], True, False)] * args.e_policy
     for optimizer, learn_policy, learn_value in epochs:
-        # Minibatches are whole segments, not shuffled steps, as in O: a recurrent network can read them.
-        # Steps of a segment are alike, but a minibatch holds many; advantages are normalised over all.
+        # Minibatches are whole segments, not shuffled steps, as in O: a recurrent network can read them. The
+        # steps of one segment are alike, but a minibatch has several, each of another environment, and all of
+        # them come once an epoch. Advantages are normalised over the rollout, not over a minibatch.
         for minibatch in torch.randperm(args.num_envs).split(args.num_envs // args.num_minibatches):
             optimizer.zero_grad()
             passes = split_equally(minibatch, max_segments)
@@ -537,7 +541,8 @@ def policy_update(agent: Agent, optimizers, rollout, advantages, targets, args, 
                     pi = action_distribution(output.policy)
                     log_ratio = pi.log_prob(batch["actions"]) - batch["old_log_probs"]
                     policy_loss = surrogate_loss(log_ratio, batch["advantages"], clip_coef=args.clip_coef)
-                    policy_loss = policy_loss + args.kl_coef * 0.5 * log_ratio.square().mean()  # KL variant
+                    # The KL variant (P, section 3.5) with an estimate from the actions taken, as in O (ppo.py).
+                    policy_loss = policy_loss + args.kl_coef * 0.5 * log_ratio.square().mean()
                     entropy = pi.entropy().mean()
                     loss = loss + policy_loss - args.ent_coef * entropy
                     means.add({"losses/policy_loss": policy_loss, "losses/entropy": entropy})
@@ -560,13 +565,15 @@ def policy_update(agent: Agent, optimizers, rollout, advantages, targets, args, 
 def auxiliary_phase(agent: Agent, optimizer, observations, targets, args, max_segments: int) -> dict:
     """E_aux epochs on the S segments of a phase: observations [S, T, ...], targets [S, T]. Returns metrics.
 
-    Older policies met most of these states. No harm: this is regression, which profits from many states, not
-    a policy gradient, which needs actions of the present policy (P, section 2).
+    Earlier policies met these states. A policy gradient would need actions of the present one; here nothing
+    improves the policy (P, section 4): values are regressed, and regression profits from many states.
     """
-    # The targets are those of the policy phase: regression on fixed numbers is what bears many epochs.
+    # The targets are those of the policy phase. Computed anew from the value function, they would move with
+    # it; fixed numbers bear many epochs.
     data = {"obs": observations, "targets": targets}
     # pi_old is the policy that the phase has led to, not those that collected: the KL term is to keep what
-    # was learned, not to take it back. Precision and passes are those of the updates: the first KL is 0.
+    # was learned, not to take it back. Precision and passes are those of the updates, so that rounding is the
+    # same and the first KL is 0.
     old_policy = []
     with torch.no_grad():
         for minibatch in torch.arange(len(targets)).split(args.num_aux_rollouts):
@@ -576,8 +583,8 @@ def auxiliary_phase(agent: Agent, optimizer, observations, targets, args, max_se
     data["old_policy"] = torch.cat(old_policy)
     means = Means()
     for epoch in range(args.e_auxiliary):
-        minibatches = torch.randperm(len(targets)).split(args.num_aux_rollouts)
-        for minibatch in show_progress(minibatches, desc=f"auxiliary epoch {epoch + 1}: "):
+        say(f"auxiliary epoch {epoch + 1} of {args.e_auxiliary}")
+        for minibatch in torch.randperm(len(targets)).split(args.num_aux_rollouts):
             optimizer.zero_grad()
             passes = split_equally(minibatch, max_segments)
             for segments in passes:
@@ -588,7 +595,9 @@ def auxiliary_phase(agent: Agent, optimizer, observations, targets, args, max_se
                 clone_loss = kl_from_old_policy(batch["old_policy"], output.policy)
                 joint_loss = aux_value_loss + args.beta_clone * clone_loss
                 value_loss = 0.5 * F.mse_loss(output.values, batch["targets"])
-                (joint_loss + args.aux_vf_coef * value_loss).div(len(passes)).backward()
+                # Algorithm 1 takes two steps; two networks share no parameter, so that one is the same.
+                loss = joint_loss + args.aux_vf_coef * value_loss
+                (loss / len(passes)).backward()
                 means.add({"losses/aux/aux_value_loss": aux_value_loss, "losses/aux/kl_loss": clone_loss})
                 means.add({"losses/aux/real_value_loss": value_loss})
             average_over_processes(agent)
@@ -613,18 +622,19 @@ def train(args: argparse.Namespace) -> dict:
     spaces = (envs.single_observation_space, envs.single_action_space)
     agent = Agent(*spaces, args.arch, args.precision).to(device)
     # Adam scales a step by recent gradients: losses that take turns have one each (policy and values, if E_pi
-    # and E_V differ, and the auxiliary phase), those that step together share one (O: ppo.py).
+    # and E_V differ, and the auxiliary phase), those that step together share one (O: ppo.py). Each knows all
+    # parameters, and skips those that its losses gave no gradient.
     adam = partial(torch.optim.Adam, list(agent.parameters()), eps=args.adam_eps)
     optimizers = {name: adam(lr=args.learning_rate) for name in ("policy_and_value", "policy", "value")}
     optimizers["auxiliary"] = adam(lr=args.aux_learning_rate)
-    # What a checkpoint holds: a module beside the agent, too, and below what each process has of its own.
+    # What a checkpoint holds of all processes together, and of each.
     modules = {"agent": agent, **optimizers}
     process_modules = {"tracker": tracker, "reward_normalizer": reward_normalizer}
     progress = Progress()
 
     iteration_steps = args.num_envs * args.num_steps * WORLD_SIZE
     num_iterations = args.total_timesteps // iteration_steps
-    # B of the paper. The auxiliary phase looks at all rollouts of its phase; PPO only at the newest.
+    # The states of B. The auxiliary phase needs all rollouts of its phase, PPO one, which it writes over.
     num_rollouts = min(args.n_iteration, num_iterations) if args.e_auxiliary else 1
     buffer = allocate_observations(num_rollouts, envs.single_observation_space, device, args)
     max_segments = args.segments_per_pass or choose_segments_per_pass(device, args.num_steps)
@@ -657,10 +667,11 @@ def train(args: argparse.Namespace) -> dict:
                 progress.global_step += iteration_steps
                 metrics["charts/learning_rate"] = optimizers["policy"].param_groups[0]["lr"]
                 run.log_iteration(metrics, rollout.episodes)
-            if args.e_auxiliary and phase_iterations == args.n_iteration:
+            if args.e_auxiliary and phase_iterations == args.n_iteration:  # not after a last, shorter phase
                 with run.timed("auxiliary_phase"):
-                    segments = (buffer.flatten(0, 1), torch.cat(phase_targets))
-                    metrics = auxiliary_phase(agent, optimizers["auxiliary"], *segments, args, max_segments)
+                    states_and_targets = (buffer.flatten(0, 1), torch.cat(phase_targets))
+                    optimizer = optimizers["auxiliary"]
+                    metrics = auxiliary_phase(agent, optimizer, *states_and_targets, args, max_segments)
                 run.log(metrics)
             progress.phase += 1
             run.end_phase(agent, is_last=progress.iteration == num_iterations)  # evaluation, film, checkpoint
@@ -721,13 +732,11 @@ RANK = int(os.environ.get("RANK", "0"))  # these four are set by torchrun
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
 LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-# A bar, if there is a terminal. A second one stands below the first, and goes when it is done.
-show_progress = partial(tqdm, leave=None, smoothing=0, miniters=0, disable=RANK > 0 or None)
 
 
 def say(text: str, rank: int = RANK) -> None:
     if rank == 0:
-        tqdm.write(text, file=sys.stderr)
+        print(text, file=sys.stderr, flush=True)
 
 
 def fail(message: str, status: int = 2) -> NoReturn:
@@ -820,12 +829,11 @@ def choose_segments_per_pass(device: torch.device, num_steps: int) -> int:
 
 # ---- below the lesson: flags of a run, checkpoints -------------------------------------------------
 CHECKPOINT_FORMAT = 4
-EVALUATION_KEYS = ("global_step", "seed", "episodes", "level_sets")
 SAVED_OF_RUN = ("episodes", "recent", "charts", "seconds", "evaluation")
 FREE_FLAGS = (  # those that do not change what is learned: they may differ beside --resume and --evaluate
     "resume", "evaluate", "total_timesteps", "cuda", "track", "wandb_project_name", "wandb_entity",
-    "capture_video", "runs_dir", "checkpoint_interval", "eval_interval", "eval_episodes", "env_threads",
-    "segments_per_pass")  # fmt: skip
+    "capture_video", "runs_dir", "checkpoint_interval", "eval_interval", "eval_episodes", "segments_per_pass",
+    *FREE_ENVIRONMENT_FLAGS)  # fmt: skip
 
 
 def number(text: str, kind: type = float, low: float = 0, high: float = 2e9) -> float:
@@ -864,7 +872,7 @@ def with_flags_of_run(args: argparse.Namespace, parser: argparse.ArgumentParser,
     setattr(flags, flag, run_dir)
     if flags.precision == "auto":
         flags.precision = saved["args"]["precision"]
-    free = FREE_FLAGS if flag == "resume" else (*FREE_FLAGS, "seed", "num_levels", "start_level")
+    free = FREE_FLAGS if flag == "resume" else (*FREE_FLAGS, "seed", *EVALUATION_FLAGS)
     for name, value in saved["args"].items():
         if name not in free and getattr(flags, name) != value:
             fail(f"leave out --{name.replace('_', '-')}: the run in {run_dir} has {value}")
@@ -875,13 +883,12 @@ def with_flags_of_run(args: argparse.Namespace, parser: argparse.ArgumentParser,
     return flags
 
 
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """A write to a full disk raises an error that names no file."""
+def write(path: Path, content: bytes, mode: str = "wb") -> None:
     try:
-        yield
+        with open(path, mode) as file:
+            file.write(content)
     except OSError as error:
-        error.filename = error.filename or path
+        error.filename = path  # the error of a full disk names no file
         raise
 
 
@@ -889,8 +896,7 @@ def replace_file(path: Path, content: bytes) -> None:
     """Atomically: a failure leaves the file as it was, and nothing half-written beside it."""
     temporary = path.with_suffix(".tmp")
     try:
-        with naming(path):
-            temporary.write_bytes(content)
+        write(temporary, content)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -898,8 +904,7 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def append_row(path: Path, row: dict) -> None:
-    with naming(path), open(path, "a") as file:
-        file.write(json.dumps(row) + "\n")
+    write(path, (json.dumps(row) + "\n").encode(), "ab")
 
 
 def cut_rows(path: Path, last_step: int) -> tuple[int, int, int]:
@@ -940,10 +945,8 @@ class Run(AbstractContextManager):
         if RANK == 0:
             self.open_directory()
         self.started = time.perf_counter() - self.seconds["total"]
-        self.bar = show_progress(total=args.total_timesteps, initial=progress.global_step, unit="step")
 
     def __exit__(self, kind, error, traceback) -> None:
-        self.bar.close()
         if RANK > 0:
             return
         if kind not in (None, SystemExit):  # fail() has given its reason
@@ -963,8 +966,6 @@ class Run(AbstractContextManager):
         name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
         self.directory = Path(args.resume or Path(args.runs_dir, name))
         if args.resume is None:
-            if self.directory.exists():
-                fail(f"another run has made {self.directory} in this second: start this one again", 1)
             self.start_wandb()  # it makes the directory, once it has accepted the run
             self.directory.mkdir(parents=True, exist_ok=args.track)
             shutil.copy(__file__, self.directory)
@@ -1026,10 +1027,8 @@ class Run(AbstractContextManager):
             self.charts["normalized_return"] = normalized_return(self.args, mean_return)
         self.row = dataclasses.asdict(self.progress) | {"episodes": self.episodes}
         self.log(metrics)
-        self.bar.set_postfix(self.charts, refresh=False)
-        self.bar.update(self.progress.global_step - self.bar.n)
-        if self.bar.disable:
-            say(f"step {self.progress.global_step} of {self.args.total_timesteps}: {self.bar.postfix}")
+        charts = ", ".join(f"{name} {value:.4g}" for name, value in self.charts.items() if value is not None)
+        say(f"step {self.progress.global_step} of {self.args.total_timesteps}: {charts}")
 
     def log(self, metrics: dict[str, float | None]) -> None:
         """Adds metrics, whatever their names, to the row of the iteration."""
@@ -1060,10 +1059,10 @@ class Run(AbstractContextManager):
                 metrics = {}
                 is_due = args.eval_interval and (is_last or self.progress.phase % args.eval_interval == 0)
                 if RANK == 0 and is_due:
-                    self.evaluation = evaluate(agent, args, level_sets(args, vars(args)), self.device, step)
-                    append_row(self.directory / "evaluations.jsonl", self.evaluation)
-                    for name in self.evaluation.keys() - EVALUATION_KEYS:
-                        metrics[f"eval/{name}"] = self.evaluation[name]
+                    sets = level_sets(args, vars(args))
+                    self.evaluation = evaluate(agent, args, sets, self.device, self.directory, step)
+                    measured = self.evaluation.keys() - {"global_step", "seed", "episodes", "level_sets"}
+                    metrics = {f"eval/{name}": self.evaluation[name] for name in measured}
                 if RANK == 0 and args.capture_video:
                     record_video(agent, args, self.device, self.directory, step)
             self.log(metrics)
@@ -1102,12 +1101,11 @@ class Run(AbstractContextManager):
 
     def finish(self) -> dict:
         """Writes summary.json and returns what is in it."""
-        names = ("env_id", "distribution_mode", "arch", "exp_name", "seed")
-        summary = {name: value for name, value in vars(self.args).items() if name in names} | self.charts
+        flags = vars(self.args)
+        summary = {name: flags[name] for name in (*SUMMARY_FLAGS, "arch", "exp_name", "seed")} | self.charts
         summary |= {"global_step": self.progress.global_step, "episodes": self.episodes}
         summary |= {"evaluation": self.evaluation, "seconds": self.seconds, "torch": torch.__version__}
-        rss_unit = 1 if sys.platform == "darwin" else 1024
-        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * rss_unit
+        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
         summary["peak_memory_bytes"] = {"host": host, "device": torch.cuda.max_memory_allocated()}
         summary["device"] = torch.cuda.get_device_name() if self.device.type == "cuda" else self.device.type
         if RANK == 0:
@@ -1124,22 +1122,19 @@ def play(agent: Agent, envs: gym.vector.VectorEnv, episodes: int, seed: int, dev
     tracker = EpisodeTracker(envs, seed)
     torch.manual_seed(seed)  # training seeds itself anew at every phase
     returns = []
-    with show_progress(desc="evaluation: ", total=episodes, unit="episode") as progress:
-        while len(returns) < episodes:
-            policy = agent(tracker.obs.to(device), with_value=False).policy
-            for episode in tracker.step(action_distribution(policy).sample()).episodes:
-                if quota[episode.env] > 0:
-                    quota[episode.env] -= 1
-                    returns.append(episode.episodic_return)
-                    progress.update()
+    while len(returns) < episodes:
+        policy = agent(tracker.obs.to(device), with_value=False).policy
+        for episode in tracker.step(action_distribution(policy).sample()).episodes:
+            if quota[episode.env] > 0:
+                quota[episode.env] -= 1
+                returns.append(episode.episodic_return)
     envs.close()
     return np.array(returns)
 
 
-def evaluate(agent: Agent, args: argparse.Namespace, sets: dict[str, dict], device, step: int) -> dict:
-    """Plays --eval-episodes on each of the sets of levels; prints and returns the results."""
-    settings = (step, args.seed, args.eval_episodes, sets)
-    results = dict(zip(EVALUATION_KEYS, settings))
+def evaluate(agent: Agent, args, sets: dict[str, dict], device, run_dir: Path, step: int) -> dict:
+    """Plays --eval-episodes on each of the sets of levels. Prints the results, stores and returns them."""
+    results = {"global_step": step, "seed": args.seed, "episodes": args.eval_episodes, "level_sets": sets}
     for name, levels in sets.items():
         envs = make_envs(args, num_envs=min(args.num_envs, args.eval_episodes), levels=levels)
         returns = play(agent, envs, args.eval_episodes, args.seed + 10**6, device)
@@ -1148,7 +1143,12 @@ def evaluate(agent: Agent, args: argparse.Namespace, sets: dict[str, dict], devi
         results[f"{name}_return"] = mean
         results[f"{name}_standard_error"] = error
         results[f"{name}_normalized_return"] = normalized_return(args, mean)
-    tqdm.write(json.dumps(results, indent=2))  # to standard output, above the bars
+    print(json.dumps(results, indent=2))
+    path = run_dir / "evaluations.jsonl"
+    try:
+        append_row(path, results)
+    except OSError as error:
+        say(f"the evaluation is not stored in {path}: {error.strerror}")
     return results
 
 
@@ -1176,15 +1176,11 @@ def evaluate_run(args: argparse.Namespace) -> None:
     saved = load_checkpoint(args.evaluate)
     step = saved["progress"]["global_step"]
     agent = load_agent(args.evaluate, device)
+    run_dir = Path(args.evaluate)
     if args.eval_episodes:
-        results = evaluate(agent, args, level_sets(args, saved["args"]), device, step)
-        path = Path(args.evaluate, "evaluations.jsonl")
-        try:
-            append_row(path, results)
-        except OSError as error:
-            say(f"the evaluation is not stored in {path}: {error.strerror}")
+        evaluate(agent, args, level_sets(args, saved["args"]), device, run_dir, step)
     if args.capture_video:
-        record_video(agent, args, device, Path(args.evaluate), step)
+        record_video(agent, args, device, run_dir, step)
 
 
 # ---- main ------------------------------------------------------------------------------------------
