@@ -314,7 +314,7 @@ def make_envs(args, *, num_envs: int, levels: dict | None = None, film: dict | N
     step that ends an episode shows the first observation of the next (AutoresetMode.SAME_STEP); where a time
     limit ended it, info["final_obs"][i] is its last. With get_state() and set_state(state) resumed runs are
     exact: all that decides what comes next, random numbers too, as numbers, strings, bytes, tensors, lists or
-    dicts.
+    dicts. check_envs in the tests tells whether it is so.
     """
     levels = levels or {"num_levels": args.num_levels, "start_level": args.start_level}
     options = {"env_name": args.env_id, "distribution_mode": args.distribution_mode}

@@ -17,6 +17,7 @@ user runs it. A copy of the script, ppg_rnd.py, is tested by a copy of this file
 import copy
 import importlib
 import inspect
+import io
 import json
 import math
 import os
@@ -32,6 +33,7 @@ import sys
 import time
 import types
 import weakref
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -195,6 +197,11 @@ def make_agent(arch="dual", precision="fp32", seed=0, num_actions=4, sharpness=3
     return agent
 
 
+def call(agent, obs, **options):
+    """The output of the network for observations [B, H, W, C]: all that a copy edits whose network takes more."""
+    return agent(obs, **options)
+
+
 def random_images(*shape):
     """Coarse noise, so that the network tells one image from another."""
     small = torch.randint(256, (math.prod(shape), 3, 4, 4)).float()
@@ -205,7 +212,7 @@ def random_rollout(agent, num_envs, num_steps):
     """A rollout whose log-probabilities are 0.4 nats off those of the agent, so that some ratios are clipped."""
     shape, obs = (num_envs, num_steps), random_images(num_envs, num_steps)
     with torch.no_grad():
-        logits = agent(obs).policy
+        logits = call(agent, obs).policy
     actions = torch.randint(logits.shape[-1], shape)
     log_probs = logits.log_softmax(-1).gather(-1, actions[..., None])[..., 0] + 0.4 * torch.randn(shape)
     values, firsts = torch.randn(num_envs, num_steps + 1), torch.zeros(num_envs, num_steps + 1)
@@ -451,9 +458,9 @@ def test_forward_is_the_impala_network(arch, image):
     runs = []
     for trunk in {agent.policy_trunk, agent.value_trunk}:
         trunk.register_forward_hook(lambda module, *_: runs.append(module))
-    torch.testing.assert_close(tuple(agent(obs)), expected, rtol=1e-4, atol=1e-4)
-    without_value = agent(obs, with_value=False)
-    without_policy = agent(obs, with_policy=False)
+    torch.testing.assert_close(tuple(call(agent, obs)), expected, rtol=1e-4, atol=1e-4)
+    without_value = call(agent, obs, with_value=False)
+    without_policy = call(agent, obs, with_policy=False)
     assert runs[-2:] == [agent.policy_trunk, agent.value_trunk] and len(runs) == (4 if arch == "dual" else 3)
     found = (without_value.policy, without_value.aux_values, without_policy.values)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
@@ -496,7 +503,7 @@ def test_which_output_trains_what(arch, value_routes):
     for auxiliary_phase, value_route in zip((False, True), value_routes):
         for i, route in enumerate(("policy_trunk policy_head", "policy_trunk aux_value_head", value_route)):
             agent.zero_grad()
-            agent(obs, auxiliary_phase=auxiliary_phase)[i].square().sum().backward()
+            call(agent, obs, auxiliary_phase=auxiliary_phase)[i].square().sum().backward()
             reached = {name for name, p in agent.named_parameters() if p.grad is not None and p.grad.any()}
             assert reached == {name for name, _ in agent.named_parameters() if name.split(".")[0] in route.split()}
 
@@ -530,14 +537,14 @@ def test_rollout_stores_what_the_environment_showed(monkeypatch, time_limit):
         for t, (seen, actions, rewards, done, next_seen) in zip(range(8), envs.history, strict=True):
             for tensor, expected in zip(stored, (seen, actions, rewards, firsts)):
                 assert (tensor[:, t].numpy() == expected).all()
-            output = agent(torch.from_numpy(seen))
+            output = call(agent, torch.from_numpy(seen))
             log_probs = output.policy.detach().log_softmax(-1)[range(4), actions]
             torch.testing.assert_close(rollout.log_probs[:, t], log_probs, rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(rollout.values[:, t], output.values.detach())
             firsts = done
             ended = ended + done
         assert (rollout.firsts[:, -1].numpy() == firsts).all()
-        torch.testing.assert_close(rollout.values[:, -1], agent(torch.from_numpy(next_seen)).values.detach())
+        torch.testing.assert_close(rollout.values[:, -1], call(agent, torch.from_numpy(next_seen)).values.detach())
         assert [episode[2:] for episode in rollout.episodes] == envs.finished
     assert ended.min() > 0
 
@@ -578,7 +585,7 @@ def test_updates_match_a_loop_over_samples(tmp_path, arch, clip_coef, kl_coef):
     advantages = 1000 + 0.1 * torch.randn(3, 4)  # too far from 0 for the moments to be taken in float32
     targets = torch.randn(3, 4)
     obs = rollout.observations.flatten(0, 1)
-    old_logits = agent(obs).policy.detach()
+    old_logits = call(agent, obs).policy.detach()
     normalized = ((advantages - advantages.double().mean()) / advantages.double().std(correction=0)).float()
     constants = [x.flatten() for x in (rollout.actions, rollout.log_probs, normalized)]
 
@@ -586,12 +593,12 @@ def test_updates_match_a_loop_over_samples(tmp_path, arch, clip_coef, kl_coef):
         return (values - targets.flatten()).square().mean()
 
     def policy_losses(agent):
-        output = agent(obs)
+        output = call(agent, obs)
         policy_loss, entropy, *_ = slow_policy_losses(output.policy, *constants, clip_coef, kl_coef)
         return policy_loss, entropy, 0.8 * squared_error(output.values)
 
     def auxiliary_losses(agent):
-        output = agent(obs, auxiliary_phase=True)
+        output = call(agent, obs, auxiliary_phase=True)
         kl = slow_kl(old_logits, output.policy)  # 0 in the first update, it pulls back in the second
         return kl, 0.5 * squared_error(output.aux_values), 0.5 * squared_error(output.values)
 
@@ -702,7 +709,7 @@ def example(tmp_path):
     args = make_args(tmp_path, "--num-steps", 16, "--num-minibatches", 1, "--num-aux-rollouts", 4, "--n-iteration", 1)
     trajectory = {"rewards": rewards, "values": values, "firsts": firsts, "final_values": torch.zeros(4, 16)}
     advantages, targets = ppg.compute_gae(**trajectory, gamma=args.gamma, gae_lambda=args.gae_lambda)
-    output = agent(observations.flatten(0, 1))
+    output = call(agent, observations.flatten(0, 1))
     log_probs += output.policy.detach().log_softmax(-1)[range(64), actions.flatten()].view(4, 16)
     rollout = ppg.Rollout(observations, actions, log_probs, values, torch.zeros(4, 16), rewards, firsts, [])
     adam = torch.optim.Adam(agent.parameters(), args.learning_rate, eps=args.adam_eps)
@@ -1026,7 +1033,7 @@ def test_gradients_are_averaged_in_one_collective(monkeypatch):
     monkeypatch.setattr(ppg, "WORLD_SIZE", 2)
     monkeypatch.setattr(ppg.dist, "all_reduce", lambda x: calls.append(x.mul_(4)))
     agent = make_agent()
-    agent(random_images(2), with_value=False).policy.square().sum().backward()
+    call(agent, random_images(2), with_value=False).policy.square().sum().backward()
     before = {name: p.grad.clone() for name, p in agent.named_parameters() if p.grad is not None}
     ppg.average_over_processes(agent)
     assert len(calls) == 1 and 0 < len(before) < len(list(agent.parameters()))
@@ -1345,25 +1352,67 @@ def test_bad_input_from_a_shell(tmp_path, rank):
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "" if rank else sentence)
 
 
-def play_at_random(envs, steps):
-    """What environments show, reward and end: a row per step."""
-    rng = np.random.default_rng(0)
-    answers = [envs.step(rng.integers(15, size=envs.num_envs)) for _ in range(steps)]
-    return np.stack([np.concatenate([part.ravel() for part in answer[:3]]) for answer in answers])
+def play_at_random(tracker, steps):
+    """What the environments show, reward and end in each step."""
+    space = tracker.envs.single_action_space
+    space.seed(0)
+    shown = []
+    for _ in range(steps):
+        actions = np.stack([space.sample() for _ in range(tracker.envs.num_envs)])
+        step = tracker.step(torch.from_numpy(actions))
+        shown.append((tracker.obs.clone(), step.rewards, step.episodes))
+    return shown
 
 
-@pytest.mark.parametrize("game", ppg.RETURN_RANGES)
+def check_envs(make, steps):
+    """Environments, made by `make()`, are what `make_envs` asks for; of `steps`, some should end an episode.
+
+    They reset in the step that ends an episode, the seed decides what they show, and their state, read as a checkpoint
+    is read, goes on in environments of another seed. A copy calls it with make_envs of its own.
+    """
+    tracker, same, other = [ppg.EpisodeTracker(make(), seed) for seed in (7, 7, 8)]
+    mode = (tracker.envs.metadata or {}).get("autoreset_mode")
+    assert mode is None or mode.name == "SAME_STEP", f"autoreset_mode must be SAME_STEP, not {mode}"
+    assert torch.equal(tracker.obs, same.obs), "one seed must show one start"
+    assert not torch.equal(tracker.obs, other.obs), "another seed must show another start"
+    shown = play_at_random(tracker, steps)
+    exactly = {"rtol": 0, "atol": 0}
+    torch.testing.assert_close(play_at_random(same, steps), shown, **exactly)
+    assert not torch.equal(shown[0][0], shown[-1][0]), "nothing moves"
+    file = io.BytesIO()
+    torch.save(tracker.state_dict(), file)
+    file.seek(0)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    torch.testing.assert_close(play_at_random(other, steps), play_at_random(tracker, steps), **exactly)
+
+
+@pytest.mark.parametrize("game", [line.split()[0] for line in RETURNS.split(",")])
 def test_game(tmp_path, game):
-    """A game moves, the seed decides what it shows, and its state continues in environments of another seed."""
-    args = make_args(tmp_path, "--env-id", game)
-    envs, same, other = [ppg.make_envs(args, num_envs=2) for _ in range(3)]
-    first = envs.reset(seed=7)[0].copy()
-    assert first.shape == (2, 64, 64, 3) and first.dtype == np.uint8
-    assert np.array_equal(same.reset(seed=7)[0], first) and not np.array_equal(other.reset(seed=8)[0], first)
-    shown = play_at_random(envs, 20)
-    assert np.array_equal(play_at_random(same, 20), shown) and not np.array_equal(shown[-1], shown[0])
-    other.set_state(envs.get_state())
-    assert np.array_equal(play_at_random(other, 60), play_at_random(envs, 60))
+    check_envs(partial(ppg.make_envs, make_args(tmp_path, "--env-id", game), num_envs=2), 60)
+
+
+@pytest.mark.parametrize(("fault", "words"), [
+    ("seed", "one seed"), ("frozen", "nothing moves"), ("state", "The failure occurred"), ("later", "SAME_STEP")
+])  # fmt: skip
+def test_bad_environments_are_found(monkeypatch, fault, words):
+    """By check_envs, which finds nothing wrong with good ones."""
+    monkeypatch.setattr(Signpost, "get_state", lambda self: pickle.dumps(vars(self)), raising=False)
+    monkeypatch.setattr(
+        Signpost, "set_state", lambda self, state: vars(self).update(pickle.loads(state)), raising=False
+    )
+    check_envs(partial(Signpost, 2), 30)
+    if fault == "seed":
+        reset = Signpost.reset
+        monkeypatch.setattr(Signpost, "reset", lambda self, *, seed: reset(self, seed=None))
+    if fault == "frozen":
+        zeros = np.zeros(2, bool)
+        monkeypatch.setattr(Signpost, "step", lambda self, actions: (self.obs, zeros, zeros, zeros, {}))
+    if fault == "state":
+        monkeypatch.setattr(Signpost, "set_state", lambda self, state: None)
+    if fault == "later":
+        monkeypatch.setattr(Signpost, "metadata", {"autoreset_mode": types.SimpleNamespace(name="NEXT_STEP")})
+    with pytest.raises(AssertionError, match=words):
+        check_envs(partial(Signpost, 2), 30)
 
 
 def test_environment_flags_reach_the_training(tmp_path, monkeypatch):
@@ -1919,7 +1968,9 @@ def test_updates_on_a_gpu_are_those_on_the_cpu(tmp_path, monkeypatch, home):
     flags = "--precision fp32 --num-minibatches 1 --n-iteration 1 --num-aux-rollouts 4 --e-auxiliary 2"
     rollout = random_rollout(make_agent(), 4, 8)
     _, expected, expected_metrics = after_both_updates(rollout, make_args(tmp_path, *flags.split()))
-    args = make_args(tmp_path, *flags.split(), "--cuda", "--cuda")
+    args = make_args(tmp_path, *flags.split(), "--cuda")
+    if home == "cpu":
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 0))
     buffer, found, metrics = after_both_updates(rollout, args)
     assert buffer.device.type == home and buffer.is_pinned() == (home == "cpu")
     assert_same_change(found, expected, weights(make_agent()))
@@ -1927,28 +1978,33 @@ def test_updates_on_a_gpu_are_those_on_the_cpu(tmp_path, monkeypatch, home):
 
 
 @needs_gpu
-@pytest.mark.parametrize("flags", [(), ("--e-value", 2, "--max-grad-norm", 1), ("--aux-buffer-device", "cpu")])
-def test_updates_are_on_the_gpu_and_never_wait_for_it(tmp_path, monkeypatch, flags):
-    """Losses, weights, gradients and Adam's averages are on the device; no optimiser step synchronises the host."""
-    seen = []
-    real = ppg.optimizer_step
+@pytest.mark.parametrize("flags", [(), ("--e-value", 2, "--max-grad-norm", 1)])
+@pytest.mark.parametrize("home", ["cuda", "cpu"])
+def test_updates_never_wait_for_the_gpu(tmp_path, monkeypatch, flags, home):
+    """From its first pass to its metrics an update does not synchronise; sums of metrics are on the device."""
+    take, compute = ppg.take, ppg.Means.compute
+    sums = []
 
-    def guarded(optimizer, *args):
+    def guarded_take(*args):
         torch.cuda.set_sync_debug_mode("error")
-        try:
-            passes = real(optimizer, *args)
-            seen.extend(value for _, metrics in passes for value in metrics.values())
-            with pytest.raises(RuntimeError, match="synchronizing"):
-                seen[-1].item()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        for parameter, state in optimizer.state.items():
-            seen.extend([parameter, parameter.grad, state["exp_avg"]])
-        return passes
+        return take(*args)
 
-    monkeypatch.setattr(ppg, "optimizer_step", guarded)
-    train(tmp_path, "--cuda", *phases(1), *flags)
-    assert len(seen) > 100 and {tensor.device.type for tensor in seen} == {"cuda"}
+    def guarded_compute(means):
+        sums.extend(means.sums.values())
+        with pytest.raises(RuntimeError, match="synchronizing"):
+            sums[-1].item()
+        torch.cuda.set_sync_debug_mode("default")
+        return compute(means)
+
+    monkeypatch.setattr(ppg, "take", guarded_take)
+    monkeypatch.setattr(ppg.Means, "compute", guarded_compute)
+    if home == "cpu":
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 0))
+    try:
+        train(tmp_path, "--cuda", *phases(1), *flags)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(sums) > 10 and {tensor.device.type for tensor in sums} == {"cuda"}
 
 
 @needs_gpu
