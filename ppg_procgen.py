@@ -11,7 +11,7 @@ while a KL term holds the policy in place. Algorithm 1 of the paper, and the fun
             perform rollouts under the current policy pi                       collect_rollout
             compute the value targets and the advantages                       compute_gae
             E_pi epochs of L_clip + beta_S S[pi], E_V epochs of L_value        policy_update
-            add the states and their value targets to the buffer B             train
+            add the states and their value targets to the buffer B             collect_rollout, train
         store pi_old(. | s) for every state s in B                             auxiliary_phase
         E_aux epochs of L_joint = L_aux + beta_clone KL[pi_old, pi], L_value   auxiliary_phase
 
@@ -229,8 +229,8 @@ class Agent(nn.Module):
             policy = self.policy_head(policy_features).unflatten(0, batch_shape)
             aux_values = self.aux_value_head(policy_features).view(batch_shape)
         if with_value:
-            # In one network, values may shape the features in the auxiliary phase alone (P, section 3.6): there
-            # the KL term holds the policy still meanwhile.
+            # In one network, values may shape the features in the auxiliary phase alone (P, section 3.6),
+            # where the KL term holds the policy still meanwhile.
             if self.arch == "detach" and not auxiliary_phase:
                 value_features = value_features.detach()
             values = self.value_head(value_features).view(batch_shape)
@@ -391,8 +391,8 @@ class RewardNormalizer(nn.Module):
         self.gamma = gamma
         self.clip = clip
         self.register_buffer("returns", torch.zeros(num_envs, dtype=torch.float64))  # R_{t-1} of this process
-        # Of all R_t of all processes: number, sum and sum of squares. They begin as if 1e-4 of an R_t had been
-        # seen, with variance 1.
+        # Of all R_t of all processes: number, sum and sum of squares. They begin as if 1e-4 of an R_t had
+        # been seen, with variance 1.
         self.register_buffer("sums", torch.tensor([1e-4, 0, 1e-4], dtype=torch.float64))
 
     def forward(self, rewards: Tensor, firsts: Tensor) -> Tensor:
@@ -541,7 +541,7 @@ def policy_update(agent: Agent, optimizers, rollout, advantages, targets, args, 
                     pi = action_distribution(output.policy)
                     log_ratio = pi.log_prob(batch["actions"]) - batch["old_log_probs"]
                     policy_loss = surrogate_loss(log_ratio, batch["advantages"], clip_coef=args.clip_coef)
-                    # The KL variant (P, section 3.5) with an estimate from the actions taken, as in O (ppo.py).
+                    # The KL variant (P, section 3.5), estimated from the actions taken as in O (ppo.py).
                     policy_loss = policy_loss + args.kl_coef * 0.5 * log_ratio.square().mean()
                     entropy = pi.entropy().mean()
                     loss = loss + policy_loss - args.ent_coef * entropy
@@ -1158,6 +1158,7 @@ def record_video(agent: Agent, args: argparse.Namespace, device, run_dir: Path, 
     film = {"directory": str(run_dir / "videos"), "prefix": f"step{step}-seed{args.seed}-"}
     envs = make_envs(args, num_envs=1, film=film)
     play(agent, envs, 1, args.seed + 2 * 10**6, device)
+    say(f"filmed an episode: {run_dir}/videos")
 
 
 def load_agent(run_dir: str, device="cpu") -> Agent:

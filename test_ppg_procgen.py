@@ -1374,11 +1374,12 @@ def check_envs(make, steps):
     mode = (tracker.envs.metadata or {}).get("autoreset_mode")
     assert mode is None or mode.name == "SAME_STEP", f"autoreset_mode must be SAME_STEP, not {mode}"
     assert torch.equal(tracker.obs, same.obs), "one seed must show one start"
-    assert not torch.equal(tracker.obs, other.obs), "another seed must show another start"
     shown = play_at_random(tracker, steps)
     exactly = {"rtol": 0, "atol": 0}
     torch.testing.assert_close(play_at_random(same, steps), shown, **exactly)
     assert not torch.equal(shown[0][0], shown[-1][0]), "nothing moves"
+    differ = [not torch.equal(a[0], b[0]) for a, b in zip(play_at_random(other, steps), shown)]
+    assert any(differ), "another seed must show something else"
     file = io.BytesIO()
     torch.save(tracker.state_dict(), file)
     file.seek(0)
