@@ -1537,7 +1537,7 @@ def test_runs_that_stay_as_they_are(copied, monkeypatch, capsys):
     (copied / "checkpoint.pt").write_bytes(before["checkpoint.pt"])  # all else is as before
     monkeypatch.setattr(time, "time", lambda: int(copied.name[-10:]))
     status, said = ending(capsys, *TINY, *LEVELS, "--runs-dir", copied.parent)
-    assert status == 1 and "another run has made" in said and contents(copied) == before
+    assert status == 1 and f"{copied}: File exists" in said and contents(copied) == before
     ppg.main(["--resume", str(copied)])
     said = capsys.readouterr().err
     assert "going on from step 192 of 192" in said and "done: " in said
