@@ -867,6 +867,7 @@ def with_flags_of_run(args: argparse.Namespace, parser: argparse.ArgumentParser,
     if differing := set(saved["args"]) ^ set(vars(args)):
         names = ", ".join(sorted(differing))
         fail(f"{run_dir} is of a script with other flags ({names}): use the script kept there")
+    # Parsed once more, now with the run's flags as defaults: what differs then was given beside the run.
     parser.set_defaults(**saved["args"] | {"resume": None, "evaluate": None})
     flags = parser.parse_args(argv)
     setattr(flags, flag, run_dir)
@@ -976,7 +977,7 @@ class Run(AbstractContextManager):
             os.close(self.lock)
             fail(f"another process is writing to {self.directory}: wait for it, or end it")
         if args.resume is not None:
-            self.cut_rows()
+            self.drop_later_rows()
             self.start_wandb()
         config = {"flags": vars(args), "command_line": sys.argv, "processes": WORLD_SIZE}
         config |= {"device": str(self.device), "tracked_step": self.tracked_step, "python": sys.version}
@@ -986,7 +987,7 @@ class Run(AbstractContextManager):
         if args.arch == "shared" and args.e_auxiliary > 0:
             say("--arch shared with an auxiliary phase is not PPO, which takes --e-auxiliary 0 as well")
 
-    def cut_rows(self) -> None:
+    def drop_later_rows(self) -> None:
         """Drops rows and evaluations after the checkpoint: they come again."""
         step = self.progress.global_step
         kept, dropped, last_step = cut_rows(self.directory / "metrics.jsonl", step)
