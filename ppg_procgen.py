@@ -30,9 +30,7 @@ O is the authors' code, github.com/openai/phasic-policy-gradient; README.md list
 # ///
 
 import argparse
-import collections
 import ctypes
-import dataclasses
 import fcntl
 import io
 import json
@@ -211,8 +209,9 @@ class Agent(nn.Module):
         self.aux_value_head = normed(nn.Linear(num_features, 1), 0.1)
         self.to(memory_format=torch.channels_last)
 
-    def forward(self, obs: Tensor, *, auxiliary_phase=False, with_policy=True, with_value=True) -> Output:
-        """obs [..., H, W, C] uint8: [N, ...] in a rollout, [segments, T, ...] in an update."""
+    def forward(self, batch: dict, *, auxiliary_phase=False, with_policy=True, with_value=True) -> Output:
+        """batch["obs"] [..., H, W, C] uint8: [N, ...] in a rollout, [segments, T, ...] in an update."""
+        obs = batch["obs"]
         batch_shape = obs.shape[:-3]
         bf16 = self.precision == "bf16" or (self.precision == "bf16-aux" and auxiliary_phase)
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=bf16):
@@ -251,8 +250,7 @@ RETURN_RANGES = {  # R_min, R_max: easy, then hard (Cobbe et al. 2019, arXiv 191
     "miner": (1.5, 13, 1.5, 20), "ninja": (3.5, 10, 2, 10), "plunder": (4.5, 30, 3, 30),
     "starpilot": (2.5, 64, 1.5, 35)}  # fmt: skip
 FREE_ENVIRONMENT_FLAGS = ("env_threads",)  # those that may differ beside --resume and --evaluate,
-EVALUATION_FLAGS = ("num_levels", "start_level")  # those that may differ beside --evaluate,
-SUMMARY_FLAGS = ("env_id", "distribution_mode")  # and those that summary.json repeats
+EVALUATION_FLAGS = ("num_levels", "start_level")  # and those that may differ beside --evaluate
 
 
 def add_environment_flags(add: Callable) -> None:
@@ -351,7 +349,12 @@ class EpisodeTracker(nn.Module):
         self.num_steps = 0
         self.register_buffer("obs", obs)
         self.register_buffer("returns", torch.zeros(envs.num_envs, dtype=torch.float64))
-        self.register_buffer("lengths", torch.zeros(envs.num_envs, dtype=torch.long))  # 0: an episode opens
+        self.register_buffer("lengths", torch.zeros(envs.num_envs, dtype=torch.long))
+        self.register_buffer("firsts", torch.ones(envs.num_envs, dtype=torch.bool))  # an episode opens
+
+    def inputs(self, device: torch.device) -> dict[str, Tensor]:
+        """What the network reads before the next step, [N, ...]."""
+        return {"obs": self.obs.to(device)}
 
     def step(self, actions: Tensor) -> Step:
         """actions [N, ...], on any device."""
@@ -362,6 +365,7 @@ class EpisodeTracker(nn.Module):
         self.returns += rewards
         self.lengths += 1
         done = np.logical_or(terminated, truncated)
+        self.firsts = torch.from_numpy(done)
         episodes = []
         for i in done.nonzero()[0].tolist():
             episodes.append(Episode(self.num_steps, i, self.returns[i].item(), self.lengths[i].item()))
@@ -487,8 +491,8 @@ def collect_rollout(agent: Agent, tracker: EpisodeTracker, observations: Tensor,
     episodes = []
     for t in range(num_steps):
         observations[:, t] = tracker.obs
-        firsts[:, t] = tracker.lengths == 0
-        output = agent(tracker.obs.to(device))
+        firsts[:, t] = tracker.firsts
+        output = agent(tracker.inputs(device))
         pi = action_distribution(output.policy)
         actions[:, t] = pi.sample()
         log_probs[:, t] = pi.log_prob(actions[:, t])
@@ -497,9 +501,9 @@ def collect_rollout(agent: Agent, tracker: EpisodeTracker, observations: Tensor,
         rewards[:, t] = step.rewards
         episodes += step.episodes
         for i, final_obs in step.final_obs.items():
-            final_values[i, t] = agent(final_obs[None].to(device), with_policy=False).values[0]
-    firsts[:, -1] = tracker.lengths == 0
-    values[:, -1] = agent(tracker.obs.to(device), with_policy=False).values
+            final_values[i, t] = agent({"obs": final_obs[None].to(device)}, with_policy=False).values[0]
+    firsts[:, -1] = tracker.firsts
+    values[:, -1] = agent(tracker.inputs(device), with_policy=False).values
     return Rollout(observations, actions, log_probs, values, final_values, rewards, firsts, episodes)
 
 
@@ -535,7 +539,7 @@ def policy_update(agent: Agent, optimizers, rollout, advantages, targets, args, 
             passes = split_equally(minibatch, max_segments)
             for segments in passes:
                 batch = take(data, segments, targets.device)
-                output = agent(batch["obs"], with_policy=learn_policy, with_value=learn_value)
+                output = agent(batch, with_policy=learn_policy, with_value=learn_value)
                 loss = 0
                 if learn_policy:
                     pi = action_distribution(output.policy)
@@ -562,15 +566,15 @@ def policy_update(agent: Agent, optimizers, rollout, advantages, targets, args, 
     return means.compute()
 
 
-def auxiliary_phase(agent: Agent, optimizer, observations, targets, args, max_segments: int) -> dict:
-    """E_aux epochs on the S segments of a phase: observations [S, T, ...], targets [S, T]. Returns metrics.
+def auxiliary_phase(agent: Agent, optimizer, data: dict, args, max_segments: int) -> dict:
+    """E_aux epochs on the S segments of a phase: "obs" [S, T, ...], "targets" [S, T]. Returns metrics.
 
     Earlier policies met these states. A policy gradient would need actions of the present one; here nothing
     improves the policy (P, section 4): values are regressed, and regression profits from many states.
     """
     # The targets are those of the policy phase. Computed anew from the value function, they would move with
     # it; fixed numbers bear many epochs.
-    data = {"obs": observations, "targets": targets}
+    targets = data["targets"]
     # pi_old is the policy that the phase has led to, not those that collected: the KL term is to keep what
     # was learned, not to take it back. Precision and passes are those of the updates, so that rounding is the
     # same and the first KL is 0.
@@ -579,8 +583,8 @@ def auxiliary_phase(agent: Agent, optimizer, observations, targets, args, max_se
         for minibatch in torch.arange(len(targets)).split(args.num_aux_rollouts):
             for segments in split_equally(minibatch, max_segments):
                 batch = take(data, segments, targets.device)
-                old_policy.append(agent(batch["obs"], auxiliary_phase=True, with_value=False).policy)
-    data["old_policy"] = torch.cat(old_policy)
+                old_policy.append(agent(batch, auxiliary_phase=True, with_value=False).policy)
+    data = data | {"old_policy": torch.cat(old_policy)}
     means = Means()
     for epoch in range(args.e_auxiliary):
         say(f"auxiliary epoch {epoch + 1} of {args.e_auxiliary}")
@@ -589,7 +593,7 @@ def auxiliary_phase(agent: Agent, optimizer, observations, targets, args, max_se
             passes = split_equally(minibatch, max_segments)
             for segments in passes:
                 batch = take(data, segments, targets.device)
-                output = agent(batch["obs"], auxiliary_phase=True)
+                output = agent(batch, auxiliary_phase=True)
                 aux_value_loss = 0.5 * F.mse_loss(output.aux_values, batch["targets"])
                 # From pi_old to pi: all that pi_old did must stay likely. The other way pi might forget some.
                 clone_loss = kl_from_old_policy(batch["old_policy"], output.policy)
@@ -606,13 +610,6 @@ def auxiliary_phase(agent: Agent, optimizer, observations, targets, args, max_se
 
 
 # ---- training --------------------------------------------------------------------------------------
-@dataclasses.dataclass
-class Progress:  # of a run: phases and iterations that have ended, steps of all processes
-    phase: int = 0
-    iteration: int = 0
-    global_step: int = 0
-
-
 def train(args: argparse.Namespace) -> dict:
     """Algorithm 1, in the environments that `make_envs` makes. Returns the summary of the run."""
     device = start_process(args)
@@ -630,27 +627,26 @@ def train(args: argparse.Namespace) -> dict:
     # What a checkpoint holds of all processes together, and of each.
     modules = {"agent": agent, **optimizers}
     process_modules = {"tracker": tracker, "reward_normalizer": reward_normalizer}
-    progress = Progress()
 
     iteration_steps = args.num_envs * args.num_steps * WORLD_SIZE
     num_iterations = args.total_timesteps // iteration_steps
-    # The states of B. The auxiliary phase needs all rollouts of its phase, PPO one, which it writes over.
+    # The auxiliary phase needs the states of its phase's rollouts, PPO those of one, which it writes over.
     num_rollouts = min(args.n_iteration, num_iterations) if args.e_auxiliary else 1
-    buffer = allocate_observations(num_rollouts, envs.single_observation_space, device, args)
+    observations = allocate_observations(num_rollouts, envs.single_observation_space, device, args)
     max_segments = args.segments_per_pass or choose_segments_per_pass(device, args.num_steps)
 
-    with Run(args, device, progress, modules, process_modules) as run:
-        while progress.iteration < num_iterations:
+    with Run(args, device, modules, process_modules) as run:
+        while run.iteration < num_iterations:
             # A run that is resumed, or evaluated between its phases, draws the same numbers as any other.
-            seeds = np.random.SeedSequence((args.seed, RANK, progress.phase))
+            seeds = np.random.SeedSequence((args.seed, RANK, run.phase))
             torch.manual_seed(int(seeds.generate_state(1)[0]))
-            phase_iterations = min(args.n_iteration, num_iterations - progress.iteration)
-            phase_targets = []
+            phase_iterations = min(args.n_iteration, num_iterations - run.iteration)
+            buffer = []  # B, without its states
             for i in range(phase_iterations):  # policy phase
                 if args.anneal_lr:
-                    scale_learning_rates(optimizers, 1 - progress.iteration / num_iterations)
+                    scale_learning_rates(optimizers, 1 - run.iteration / num_iterations)
                 with run.timed("rollout"):
-                    rollout = collect_rollout(agent, tracker, buffer[i % num_rollouts], device)
+                    rollout = collect_rollout(agent, tracker, observations[i % num_rollouts], device)
                 with run.timed("policy_phase"):
                     advantages, targets = compute_gae(
                         rewards=reward_normalizer(rollout.rewards, rollout.firsts[:, :-1]),
@@ -662,19 +658,19 @@ def train(args: argparse.Namespace) -> dict:
                     )
                     estimates = (advantages.to(device), targets.to(device))
                     metrics = policy_update(agent, optimizers, rollout, *estimates, args, max_segments)
-                phase_targets.append(targets.to(device))
-                progress.iteration += 1
-                progress.global_step += iteration_steps
+                buffer.append({"targets": targets.to(device)})
+                run.iteration += 1
+                run.global_step += iteration_steps
                 metrics["charts/learning_rate"] = optimizers["policy"].param_groups[0]["lr"]
                 run.log_iteration(metrics, rollout.episodes)
             if args.e_auxiliary and phase_iterations == args.n_iteration:  # not after a last, shorter phase
                 with run.timed("auxiliary_phase"):
-                    states_and_targets = (buffer.flatten(0, 1), torch.cat(phase_targets))
-                    optimizer = optimizers["auxiliary"]
-                    metrics = auxiliary_phase(agent, optimizer, *states_and_targets, args, max_segments)
+                    data = {name: torch.cat([entry[name] for entry in buffer]) for name in buffer[0]}
+                    data["obs"] = observations.flatten(0, 1)
+                    metrics = auxiliary_phase(agent, optimizers["auxiliary"], data, args, max_segments)
                 run.log(metrics)
-            progress.phase += 1
-            run.end_phase(agent, is_last=progress.iteration == num_iterations)  # evaluation, film, checkpoint
+            run.phase += 1
+            run.end_phase(agent, is_last=run.iteration == num_iterations)  # evaluation, film, checkpoint
         return run.finish()
 
 
@@ -707,16 +703,15 @@ class Means:
 
     def __init__(self):
         self.sums = {}
-        self.counts = collections.Counter()
 
     def add(self, metrics: dict[str, Tensor]) -> None:
         for name, value in metrics.items():
-            self.sums[name] = self.sums.get(name, 0) + value.detach()
-            self.counts[name] += 1
+            total, count = self.sums.get(name, (0, 0))
+            self.sums[name] = (total + value.detach(), count + 1)
 
     def compute(self) -> dict[str, float]:
         """Means over all processes, too. It waits for the device."""
-        means = torch.stack([total / self.counts[name] for name, total in self.sums.items()])
+        means = torch.stack([total / count for total, count in self.sums.values()])
         return dict(zip(self.sums, (sum_over_processes(means) / WORLD_SIZE).tolist()))
 
 
@@ -828,8 +823,8 @@ def choose_segments_per_pass(device: torch.device, num_steps: int) -> int:
 
 
 # ---- below the lesson: flags of a run, checkpoints -------------------------------------------------
-CHECKPOINT_FORMAT = 4
-SAVED_OF_RUN = ("episodes", "recent", "charts", "seconds", "evaluation")
+CHECKPOINT_FORMAT = 5
+SAVED_OF_RUN = ("phase", "iteration", "global_step", "episodes", "recent", "charts", "seconds", "evaluation")
 FREE_FLAGS = (  # those that do not change what is learned: they may differ beside --resume and --evaluate
     "resume", "evaluate", "total_timesteps", "cuda", "track", "wandb_project_name", "wandb_entity",
     "capture_video", "runs_dir", "checkpoint_interval", "eval_interval", "eval_episodes", "segments_per_pass",
@@ -867,9 +862,8 @@ def with_flags_of_run(args: argparse.Namespace, parser: argparse.ArgumentParser,
     if differing := set(saved["args"]) ^ set(vars(args)):
         names = ", ".join(sorted(differing))
         fail(f"{run_dir} is of a script with other flags ({names}): use the script kept there")
-    # Parsed once more, now with the run's flags as defaults: what differs then was given beside the run.
-    parser.set_defaults(**saved["args"] | {"resume": None, "evaluate": None})
-    flags = parser.parse_args(argv)
+    # Parsed once more, over the run's flags: what differs then was given beside the run.
+    flags = parser.parse_args(argv, argparse.Namespace(**saved["args"] | {"resume": None, "evaluate": None}))
     setattr(flags, flag, run_dir)
     if flags.precision == "auto":
         flags.precision = saved["args"]["precision"]
@@ -878,26 +872,17 @@ def with_flags_of_run(args: argparse.Namespace, parser: argparse.ArgumentParser,
         if name not in free and getattr(flags, name) != value:
             fail(f"leave out --{name.replace('_', '-')}: the run in {run_dir} has {value}")
     processes = len(saved["processes"])
-    steps = saved["progress"]["global_step"]
+    steps = saved["run"]["global_step"]
     if flag == "resume" and (WORLD_SIZE != processes or flags.total_timesteps < steps):
         fail(f"{run_dir} goes on with {processes} processes and a --total-timesteps of at least {steps}")
     return flags
-
-
-def write(path: Path, content: bytes, mode: str = "wb") -> None:
-    try:
-        with open(path, mode) as file:
-            file.write(content)
-    except OSError as error:
-        error.filename = path  # the error of a full disk names no file
-        raise
 
 
 def replace_file(path: Path, content: bytes) -> None:
     """Atomically: a failure leaves the file as it was, and nothing half-written beside it."""
     temporary = path.with_suffix(".tmp")
     try:
-        write(temporary, content)
+        temporary.write_bytes(content)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -905,7 +890,8 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def append_row(path: Path, row: dict) -> None:
-    write(path, (json.dumps(row) + "\n").encode(), "ab")
+    with open(path, "a") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 def cut_rows(path: Path, last_step: int) -> tuple[int, int, int]:
@@ -922,13 +908,15 @@ def cut_rows(path: Path, last_step: int) -> tuple[int, int, int]:
 class Run(AbstractContextManager):
     """The directory of a run, which it keeps locked, and the rows of metrics in it. Rank 0 alone writes."""
 
-    def __init__(self, args, device, progress: Progress, modules: dict, process_modules: dict):
+    def __init__(self, args, device, modules: dict, process_modules: dict):
         self.args = args
         self.device = device
-        self.progress = progress
         self.modules = modules
         self.process_modules = process_modules
         self.networks = nn.ModuleList(module for module in modules.values() if isinstance(module, nn.Module))
+        self.phase = 0  # of phases, iterations and steps of all processes: how many have ended
+        self.iteration = 0
+        self.global_step = 0
         self.episodes = 0
         self.recent = []  # the last 100 episodes
         self.charts = dict.fromkeys(("episodic_return", "episodic_length", "normalized_return", "SPS"))
@@ -951,7 +939,7 @@ class Run(AbstractContextManager):
         if RANK > 0:
             return
         if kind not in (None, SystemExit):  # fail() has given its reason
-            step = self.progress.global_step
+            step = self.global_step
             say(f"stopped at step {step}; last checkpoint: {self.checkpoint_step or 'none'}")
             if self.checkpoint_step:
                 resume = f"--resume={shlex.quote(str(self.directory))}"
@@ -989,10 +977,10 @@ class Run(AbstractContextManager):
 
     def drop_later_rows(self) -> None:
         """Drops rows and evaluations after the checkpoint: they come again."""
-        step = self.progress.global_step
+        step = self.global_step
         kept, dropped, last_step = cut_rows(self.directory / "metrics.jsonl", step)
         cut_rows(self.directory / "evaluations.jsonl", step)
-        rows = f"{kept} of {self.progress.iteration} rows; {dropped} later ones are dropped"
+        rows = f"{kept} of {self.iteration} rows; {dropped} later ones are dropped"
         say(f"going on from step {step} of {self.args.total_timesteps} with {rows}")
         # wandb would keep a row that it has beside the same row made again: these are not sent twice.
         previous = json.loads((self.directory / "config.json").read_text())
@@ -1026,21 +1014,21 @@ class Run(AbstractContextManager):
             _, _, mean_return, mean_length = np.mean(self.recent, axis=0).tolist()
             self.charts |= {"episodic_return": mean_return, "episodic_length": mean_length}
             self.charts["normalized_return"] = normalized_return(self.args, mean_return)
-        self.row = dataclasses.asdict(self.progress) | {"episodes": self.episodes}
+        self.row = {name: getattr(self, name) for name in ("phase", "iteration", "global_step", "episodes")}
         self.log(metrics)
         charts = ", ".join(f"{name} {value:.4g}" for name, value in self.charts.items() if value is not None)
-        say(f"step {self.progress.global_step} of {self.args.total_timesteps}: {charts}")
+        say(f"step {self.global_step} of {self.args.total_timesteps}: {charts}")
 
     def log(self, metrics: dict[str, float | None]) -> None:
         """Adds metrics, whatever their names, to the row of the iteration."""
         self.seconds["total"] = time.perf_counter() - self.started
-        self.charts["SPS"] = self.progress.global_step / (self.seconds["total"] - self.seconds["evaluation"])
+        self.charts["SPS"] = self.global_step / (self.seconds["total"] - self.seconds["evaluation"])
         metrics = metrics | {f"charts/{name}": value for name, value in self.charts.items()}
         metrics |= {f"time/{name}": value for name, value in self.seconds.items()}
         self.row |= {name: float(value) for name, value in metrics.items() if value is not None}
         if not nn.utils.get_total_norm(self.networks.parameters()).isfinite():  # in all processes alike
             remedy = f"last checkpoint: {self.checkpoint_step}; a resumed run would repeat this"
-            step = self.progress.global_step
+            step = self.global_step
             fail(f"a weight is not finite at step {step}; {remedy}; try smaller step sizes", 1)
 
     def write_row(self) -> None:
@@ -1054,11 +1042,11 @@ class Run(AbstractContextManager):
     def end_phase(self, agent: Agent, is_last: bool) -> None:
         """Evaluation, film and checkpoint, where they are due."""
         args = self.args
-        step = self.progress.global_step
+        step = self.global_step
         try:
             with self.timed("evaluation"):
                 metrics = {}
-                is_due = args.eval_interval and (is_last or self.progress.phase % args.eval_interval == 0)
+                is_due = args.eval_interval and (is_last or self.phase % args.eval_interval == 0)
                 if RANK == 0 and is_due:
                     sets = level_sets(args, vars(args))
                     self.evaluation = evaluate(agent, args, sets, self.device, self.directory, step)
@@ -1069,14 +1057,13 @@ class Run(AbstractContextManager):
             self.log(metrics)
         finally:  # an evaluation that fails does not lose the phase
             self.write_row()
-            if args.checkpoint_interval and (is_last or self.progress.phase % args.checkpoint_interval == 0):
+            if args.checkpoint_interval and (is_last or self.phase % args.checkpoint_interval == 0):
                 self.save()
 
     def save(self) -> None:
         """Replaces checkpoint.pt."""
         own = {name: module.state_dict() for name, module in self.process_modules.items()}
         content = {"format": CHECKPOINT_FORMAT, "args": vars(self.args), "processes": gather_objects(own)}
-        content["progress"] = dataclasses.asdict(self.progress)
         content["run"] = {name: getattr(self, name) for name in SAVED_OF_RUN}
         content["modules"] = {name: module.state_dict() for name, module in self.modules.items()}
         if RANK > 0:
@@ -1086,14 +1073,12 @@ class Run(AbstractContextManager):
         buffer.seek(0)
         torch.load(buffer, map_location="cpu", weights_only=True)  # refuses now what it would refuse later
         replace_file(self.directory / "checkpoint.pt", buffer.getbuffer())
-        self.checkpoint_step = self.progress.global_step
+        self.checkpoint_step = self.global_step
 
     def restore(self, saved: dict) -> None:
-        for name, value in saved["progress"].items():
-            setattr(self.progress, name, value)
         for name in SAVED_OF_RUN:
             setattr(self, name, saved["run"][name])
-        self.checkpoint_step = self.progress.global_step
+        self.checkpoint_step = self.global_step
         states = saved["modules"] | saved["processes"][RANK]
         for name, module in (self.modules | self.process_modules).items():
             if name not in states:
@@ -1102,9 +1087,8 @@ class Run(AbstractContextManager):
 
     def finish(self) -> dict:
         """Writes summary.json and returns what is in it."""
-        flags = vars(self.args)
-        summary = {name: flags[name] for name in (*SUMMARY_FLAGS, "arch", "exp_name", "seed")} | self.charts
-        summary |= {"global_step": self.progress.global_step, "episodes": self.episodes}
+        summary = vars(self.args) | self.charts
+        summary |= {"global_step": self.global_step, "episodes": self.episodes}
         summary |= {"evaluation": self.evaluation, "seconds": self.seconds, "torch": torch.__version__}
         host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
         summary["peak_memory_bytes"] = {"host": host, "device": torch.cuda.max_memory_allocated()}
@@ -1124,7 +1108,7 @@ def play(agent: Agent, envs: gym.vector.VectorEnv, episodes: int, seed: int, dev
     torch.manual_seed(seed)  # training seeds itself anew at every phase
     returns = []
     while len(returns) < episodes:
-        policy = agent(tracker.obs.to(device), with_value=False).policy
+        policy = agent(tracker.inputs(device), with_value=False).policy
         for episode in tracker.step(action_distribution(policy).sample()).episodes:
             if quota[episode.env] > 0:
                 quota[episode.env] -= 1
@@ -1176,7 +1160,7 @@ def evaluate_run(args: argparse.Namespace) -> None:
     """--evaluate: plays the checkpoint of a run, and adds a line to its evaluations.jsonl."""
     device = start_process(args)
     saved = load_checkpoint(args.evaluate)
-    step = saved["progress"]["global_step"]
+    step = saved["run"]["global_step"]
     agent = load_agent(args.evaluate, device)
     run_dir = Path(args.evaluate)
     if args.eval_episodes:
@@ -1191,10 +1175,10 @@ def stop(signum: int, frame: object) -> NoReturn:
 
 
 def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
     for signum in (signal.SIGINT, signal.SIGTERM):  # a shell's background jobs would ignore the first
         signal.signal(signum, stop)
     try:
-        args = parse_args(argv)
         if args.evaluate is None:
             train(args)
         else:
@@ -1207,7 +1191,8 @@ def main(argv: list[str] | None = None) -> None:
     except OSError as error:
         if error.errno is None:  # not the system's, but of a changed copy
             raise
-        fail(f"{error.filename}: {error.strerror}", 1)
+        place = error.filename or args.resume or args.evaluate or args.runs_dir  # a full disk's names no file
+        fail(f"{place}: {error.strerror}", 1)
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -198,8 +198,8 @@ def make_agent(arch="dual", precision="fp32", seed=0, num_actions=4, sharpness=3
 
 
 def call(agent, obs, **options):
-    """The output of the network for observations [B, H, W, C]: all that a copy edits whose network takes more."""
-    return agent(obs, **options)
+    """The output of the network for observations [B, H, W, C]: all that a copy edits whose network reads more."""
+    return agent({"obs": obs}, **options)
 
 
 def random_images(*shape):
@@ -485,7 +485,7 @@ def test_precision_of_each_phase(tmp_path, monkeypatch, arch, precision):
     dtypes.append(set())
     ppg.policy_update(agent, adams(agent), rollout, torch.randn(2, 4), torch.randn(2, 4), args, 9)
     dtypes.append(set())
-    ppg.auxiliary_phase(agent, adams(agent)["policy"], obs, torch.randn(2, 4), args, 9)
+    ppg.auxiliary_phase(agent, adams(agent)["policy"], {"obs": obs, "targets": torch.randn(2, 4)}, args, 9)
     in_bf16 = {"fp32": 0, "bf16-aux": 1, "bf16": 3}[precision]
     assert dtypes == (3 - in_bf16) * [{torch.float32}] + in_bf16 * [{torch.bfloat16}]
     assert set(others) == {dtype for row in losses for dtype in row.values()} == {torch.float32}
@@ -617,7 +617,7 @@ def test_updates_match_a_loop_over_samples(tmp_path, arch, clip_coef, kl_coef):
     explained = 1 - (targets - rollout.values[:, :-1]).var() / targets.var()
     assert metrics["losses/explained_variance"] == pytest.approx(float(explained), abs=1e-4)
     trained.load_state_dict(agent.state_dict())
-    metrics = ppg.auxiliary_phase(trained, sgd, rollout.observations, targets, args, 9)
+    metrics = ppg.auxiliary_phase(trained, sgd, {"obs": rollout.observations, "targets": targets}, args, 9)
     expected, means = two_slow_updates(agent, auxiliary_losses, [200, 1, 0.7])
     assert_same_change(weights(trained), weights(expected), weights(agent))
     found = [metrics[f"losses/aux/{name}"] for name in ("kl_loss", "aux_value_loss", "real_value_loss")]
@@ -840,7 +840,8 @@ def run_update(agent, optimizer, data, args, max_segments=512, auxiliary=False):
     rollout, advantages, targets = data
     torch.manual_seed(7)
     if auxiliary:
-        metrics = ppg.auxiliary_phase(agent, optimizer, rollout.observations, targets, args, max_segments)
+        states = {"obs": rollout.observations, "targets": targets}
+        metrics = ppg.auxiliary_phase(agent, optimizer, states, args, max_segments)
     else:
         optimizers = dict.fromkeys(("policy_and_value", "value", "policy"), optimizer)
         metrics = ppg.policy_update(agent, optimizers, rollout, advantages, targets, args, max_segments)
@@ -898,7 +899,7 @@ def test_passes_in_parts_are_the_whole(tmp_path, auxiliary):
     data = random_data(first, 8, 4)
     for max_segments, largest in ((512, 4), (4, 4), (3, 2), (2, 2), (1, 1)):
         agent, passes = copy.deepcopy(first), []
-        agent.register_forward_pre_hook(lambda _, inputs, passes=passes: passes.append(len(inputs[0])))
+        agent.register_forward_pre_hook(lambda _, inputs, passes=passes: passes.append(len(inputs[0]["obs"])))
         optimizer = torch.optim.SGD(agent.parameters(), 0.02)
         new, metrics = run_update(agent, optimizer, data, args, max_segments, auxiliary)
         if max_segments == 512:
@@ -923,7 +924,7 @@ def test_auxiliary_epochs(tmp_path):
     rollout, *others = random_data(agent, 16, 2)
     rollout.observations[:] = torch.arange(16, dtype=torch.uint8).view(16, 1, 1, 1, 1)  # each names its segment
     seen = []
-    agent.register_forward_pre_hook(lambda _, inputs: seen.extend(inputs[0][:, 0, 0, 0, 0].tolist()))
+    agent.register_forward_pre_hook(lambda _, inputs: seen.extend(inputs[0]["obs"][:, 0, 0, 0, 0].tolist()))
     optimizer = torch.optim.Adam(agent.parameters(), 1e-3)
     optimizer.register_step_post_hook(lambda *_: seen.append("step"))
     run_update(agent, optimizer, (rollout, *others), args, auxiliary=True)
@@ -945,7 +946,7 @@ def test_the_phases_get_the_right_data(tmp_path, monkeypatch, clip):
     seeds = spy(monkeypatch, "collect_rollout", lambda *_: torch.initial_seed())
     gaes = spy(monkeypatch, "compute_gae", lambda a, result: (dict(a), *result))
     updates = spy(monkeypatch, "policy_update", lambda a, _: (a["rollout"], a["advantages"], a["targets"]))
-    phases = spy(monkeypatch, "auxiliary_phase", lambda a, _: (a["observations"].clone(), a["targets"].clone()))
+    phases = spy(monkeypatch, "auxiliary_phase", lambda a, _: (a["data"]["obs"].clone(), a["data"]["targets"]))
     flags = ("--gamma", 0.9, "--gae-lambda", 0.8, "--reward-norm-gamma", 0.7, "--reward-clip", clip)
     train_in_signposts(make_args(tmp_path, *flags, *SMALL))
     normalizer = ppg.RewardNormalizer(4, 0.7, clip)
@@ -1075,7 +1076,7 @@ def test_stopped_at_any_moment_it_is_the_uninterrupted_run(tmp_path):
         flags = ["--resume", str(checkpoint.parent)]
         assert process.returncode == -how and "Traceback" not in errors
         assert how == signal.SIGKILL or f"--resume={checkpoint.parent}" in errors
-    total = ("--total-timesteps", read_checkpoint(checkpoint.parent)["progress"]["global_step"] + PHASE)
+    total = ("--total-timesteps", read_checkpoint(checkpoint.parent)["run"]["global_step"] + PHASE)
     resume(checkpoint.parent, *total)
     assert_same_run(checkpoint.parent, train(tmp_path / "b", *total))
 
@@ -1092,7 +1093,7 @@ def test_stopped_within_a_phase_it_is_the_uninterrupted_run(tmp_path, monkeypatc
         at_call(patch, call, RuntimeError("stopped"), where)
         train(tmp_path / "b", *flags)
     run_dir = only_run(tmp_path / "b")
-    assert len(read_rows(run_dir)) > read_checkpoint(run_dir)["progress"]["iteration"] == count  # rows are to be cut
+    assert len(read_rows(run_dir)) > read_checkpoint(run_dir)["run"]["iteration"] == count  # rows are to be cut
     resume(run_dir)
     assert_same_run(uninterrupted, run_dir)
 
@@ -1161,7 +1162,7 @@ def in_each_process(path):
     torch.manual_seed(ppg.RANK)
     beside = torch.nn.Linear(9, 9)
     modules = {"agent": make_agent(), "beside": beside}
-    with ppg.Run(make_args(path / "beside"), CPU, ppg.Progress(), modules, {}):
+    with ppg.Run(make_args(path / "beside"), CPU, modules, {}):
         agents.append(beside)
     results |= {"weights": [weights(agent) for agent in agents], "first observations": seen[0], "seeds": seeds}
     torch.save(results, path / f"{ppg.RANK}.pt")
@@ -1590,16 +1591,14 @@ def test_faults(tmp_path, monkeypatch, capsys, function, call, fault, status, se
     finally:
         ppg.resource.setrlimit(FILE_SIZE, limits)
     assert end.value.args[0] == status and re.search(sentence.format(step), capsys.readouterr().err)
-    assert [
-        read_checkpoint(path.parent)["progress"]["global_step"] for path in tmp_path.glob("*/checkpoint.pt")
-    ] == kept
+    assert [read_checkpoint(path.parent)["run"]["global_step"] for path in tmp_path.glob("*/checkpoint.pt")] == kept
     assert not list(tmp_path.glob("*/*.tmp"))
 
 
 def test_nan_beside_the_agent(tmp_path, capsys):
     """A weight that is not finite ends the run in any module, before it is saved."""
     modules = {"agent": make_agent(), "beside": torch.nn.PReLU(init=math.nan)}
-    with pytest.raises(SystemExit), ppg.Run(make_args(tmp_path), CPU, ppg.Progress(1, 1, 1), modules, {}) as run:
+    with pytest.raises(SystemExit), ppg.Run(make_args(tmp_path), CPU, modules, {}) as run:
         run.log({})
     assert "error: a weight is not finite" in capsys.readouterr().err
 
@@ -1676,7 +1675,7 @@ def test_system_errors(tmp_path, capsys, copied):
     (copied / "metrics.jsonl").write_bytes(before["metrics.jsonl"] + b'{"global_step": 999}\n')
     (copied / "metrics.tmp").symlink_to("/dev/full")
     status, said = ending(capsys, "--resume", copied, *phases(4))
-    assert status == 1 and f"error: {copied}/metrics.tmp: No space left on device\n" in said
+    assert status == 1 and f"error: {copied}: No space left on device\n" in said
     assert contents(copied) == before | {"metrics.jsonl": before["metrics.jsonl"] + b'{"global_step": 999}\n'}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ppg, "WORLD_SIZE", 2)
@@ -1957,7 +1956,7 @@ def after_both_updates(rollout, args):
     advantages, targets = torch.randn(2, args.num_envs, args.num_steps).to(device)
     sgd = torch.optim.SGD(agent.parameters(), 0.003)  # Adam would enlarge the rounding of gradients near 0
     metrics = ppg.policy_update(agent, {"policy_and_value": sgd}, rollout, advantages, targets, args, 2)
-    metrics |= ppg.auxiliary_phase(agent, sgd, buffer[0], targets, args, 2)
+    metrics |= ppg.auxiliary_phase(agent, sgd, {"obs": buffer[0], "targets": targets}, args, 2)
     return buffer, weights(agent).cpu(), metrics
 
 
@@ -1991,7 +1990,7 @@ def test_updates_never_wait_for_the_gpu(tmp_path, monkeypatch, flags, home):
         return take(*args)
 
     def guarded_compute(means):
-        sums.extend(means.sums.values())
+        sums.extend(total for total, _ in means.sums.values())
         with pytest.raises(RuntimeError, match="synchronizing"):
             sums[-1].item()
         torch.cuda.set_sync_debug_mode("default")

@@ -59,7 +59,7 @@ def print_rates(num_envs, setting):
         while time.perf_counter() - start < 2:
             agent.zero_grad()
             with torch.set_grad_enabled("backward" in what):
-                output = agent(obs, auxiliary_phase=kind in PARTS["auxiliary_phase"])
+                output = agent({"obs": obs}, auxiliary_phase=kind in PARTS["auxiliary_phase"])
             if "backward" in what:
                 torch.stack([head.square().mean() for head in output]).sum().backward()
             if kind == "rollout":
