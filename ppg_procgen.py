@@ -466,7 +466,7 @@ def ratio_metrics(log_ratio: Tensor, clip_coef: float) -> dict[str, Tensor]:
 
 # ---- phases ----------------------------------------------------------------------------------------
 class Rollout(NamedTuple):  # final_values, rewards and firsts are on the host, the rest on the device
-    observations: Tensor  # [N, T, ...]: s_t, in the phase's buffer, which may be on the host
+    inputs: dict[str, Tensor]  # what the network reads: "obs" [N, T, ...], s_t, which may be on the host
     actions: Tensor  # [N, T, ...]: a_t
     log_probs: Tensor  # [N, T]: log pi(a_t | s_t)
     values: Tensor  # [N, T+1]: V(s_t)
@@ -488,6 +488,7 @@ def collect_rollout(agent: Agent, tracker: EpisodeTracker, observations: Tensor,
     final_values = torch.zeros((num_envs, num_steps))
     rewards = torch.empty((num_envs, num_steps))
     firsts = torch.empty((num_envs, num_steps + 1))
+    inputs = {"obs": observations}  # a recurrent network's: its memory before s_0 and firsts[:, :-1], too
     episodes = []
     for t in range(num_steps):
         observations[:, t] = tracker.obs
@@ -504,7 +505,7 @@ def collect_rollout(agent: Agent, tracker: EpisodeTracker, observations: Tensor,
             final_values[i, t] = agent({"obs": final_obs[None].to(device)}, with_policy=False).values[0]
     firsts[:, -1] = tracker.firsts
     values[:, -1] = agent(tracker.inputs(device), with_policy=False).values
-    return Rollout(observations, actions, log_probs, values, final_values, rewards, firsts, episodes)
+    return Rollout(inputs, actions, log_probs, values, final_values, rewards, firsts, episodes)
 
 
 def policy_update(agent: Agent, optimizers, rollout, advantages, targets, args, max_segments: int) -> dict:
@@ -517,8 +518,7 @@ def policy_update(agent: Agent, optimizers, rollout, advantages, targets, args, 
     mean, variance = mean_and_variance(global_sums(advantages))
     # Random numbers of a new loss (an augmentation's shifts) would be an entry more, with a row for each
     # segment: drawn in a pass, they would depend on the size of passes.
-    data = {
-        "obs": rollout.observations,
+    data = rollout.inputs | {
         "actions": rollout.actions,
         "old_log_probs": rollout.log_probs,
         "advantages": ((advantages - mean) / (variance.sqrt() + 1e-8)).float(),
@@ -641,7 +641,7 @@ def train(args: argparse.Namespace) -> dict:
             seeds = np.random.SeedSequence((args.seed, RANK, run.phase))
             torch.manual_seed(int(seeds.generate_state(1)[0]))
             phase_iterations = min(args.n_iteration, num_iterations - run.iteration)
-            buffer = []  # B, without its states
+            buffer = []  # B
             for i in range(phase_iterations):  # policy phase
                 if args.anneal_lr:
                     scale_learning_rates(optimizers, 1 - run.iteration / num_iterations)
@@ -658,15 +658,16 @@ def train(args: argparse.Namespace) -> dict:
                     )
                     estimates = (advantages.to(device), targets.to(device))
                     metrics = policy_update(agent, optimizers, rollout, *estimates, args, max_segments)
-                buffer.append({"targets": targets.to(device)})
+                buffer.append(rollout.inputs | {"targets": targets.to(device)})
                 run.iteration += 1
                 run.global_step += iteration_steps
                 metrics["charts/learning_rate"] = optimizers["policy"].param_groups[0]["lr"]
                 run.log_iteration(metrics, rollout.episodes)
             if args.e_auxiliary and phase_iterations == args.n_iteration:  # not after a last, shorter phase
                 with run.timed("auxiliary_phase"):
-                    data = {name: torch.cat([entry[name] for entry in buffer]) for name in buffer[0]}
-                    data["obs"] = observations.flatten(0, 1)
+                    names = buffer[0].keys() - {"obs"}
+                    data = {name: torch.cat([entry[name] for entry in buffer]) for name in names}
+                    data["obs"] = observations.flatten(0, 1)  # the same, without a copy
                     metrics = auxiliary_phase(agent, optimizers["auxiliary"], data, args, max_segments)
                 run.log(metrics)
             run.phase += 1
@@ -850,6 +851,13 @@ def load_checkpoint(run_dir: str) -> dict:
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
         fail(f"{path} is not a checkpoint of this version of the script")
     return checkpoint
+
+
+def load_state(name: str, module, states: dict, run_dir: str) -> None:
+    try:
+        module.load_state_dict(states[name])
+    except (KeyError, RuntimeError, ValueError) as error:
+        fail(f"{name!r} in the checkpoint of {run_dir} is another script's: use the one kept there. {error}")
 
 
 def with_flags_of_run(args: argparse.Namespace, parser: argparse.ArgumentParser, argv) -> argparse.Namespace:
@@ -1081,9 +1089,7 @@ class Run(AbstractContextManager):
         self.checkpoint_step = self.global_step
         states = saved["modules"] | saved["processes"][RANK]
         for name, module in (self.modules | self.process_modules).items():
-            if name not in states:
-                fail(f"the checkpoint in {self.args.resume} lacks {name!r}: another script wrote it")
-            module.load_state_dict(states[name])
+            load_state(name, module, states, self.args.resume)
 
     def finish(self) -> dict:
         """Writes summary.json and returns what is in it."""
@@ -1108,8 +1114,8 @@ def play(agent: Agent, envs: gym.vector.VectorEnv, episodes: int, seed: int, dev
     torch.manual_seed(seed)  # training seeds itself anew at every phase
     returns = []
     while len(returns) < episodes:
-        policy = agent(tracker.inputs(device), with_value=False).policy
-        for episode in tracker.step(action_distribution(policy).sample()).episodes:
+        output = agent(tracker.inputs(device), with_value=False)
+        for episode in tracker.step(action_distribution(output.policy).sample()).episodes:
             if quota[episode.env] > 0:
                 quota[episode.env] -= 1
                 returns.append(episode.episodic_return)
@@ -1152,7 +1158,7 @@ def load_agent(run_dir: str, device="cpu") -> Agent:
     args = argparse.Namespace(**saved["args"])
     envs = make_envs(args, num_envs=1)
     agent = Agent(envs.single_observation_space, envs.single_action_space, args.arch, args.precision)
-    agent.load_state_dict(saved["modules"]["agent"])
+    load_state("agent", agent, saved["modules"], run_dir)
     return agent.to(device)
 
 

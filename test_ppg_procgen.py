@@ -197,9 +197,13 @@ def make_agent(arch="dual", precision="fp32", seed=0, num_actions=4, sharpness=3
     return agent
 
 
+def inputs(obs):
+    """What the network reads beside observations [..., H, W, C]: all that a copy edits whose network reads more."""
+    return {"obs": obs}
+
+
 def call(agent, obs, **options):
-    """The output of the network for observations [B, H, W, C]: all that a copy edits whose network reads more."""
-    return agent({"obs": obs}, **options)
+    return agent(inputs(obs), **options)
 
 
 def random_images(*shape):
@@ -216,7 +220,8 @@ def random_rollout(agent, num_envs, num_steps):
     actions = torch.randint(logits.shape[-1], shape)
     log_probs = logits.log_softmax(-1).gather(-1, actions[..., None])[..., 0] + 0.4 * torch.randn(shape)
     values, firsts = torch.randn(num_envs, num_steps + 1), torch.zeros(num_envs, num_steps + 1)
-    return ppg.Rollout(obs, actions, log_probs, values, torch.zeros(shape), torch.randn(shape), firsts, [])
+    rewards, final_values = torch.randn(shape), torch.zeros(shape)
+    return ppg.Rollout(inputs(obs), actions, log_probs, values, final_values, rewards, firsts, [])
 
 
 def adams(agent, rate=1e-3):
@@ -485,7 +490,7 @@ def test_precision_of_each_phase(tmp_path, monkeypatch, arch, precision):
     dtypes.append(set())
     ppg.policy_update(agent, adams(agent), rollout, torch.randn(2, 4), torch.randn(2, 4), args, 9)
     dtypes.append(set())
-    ppg.auxiliary_phase(agent, adams(agent)["policy"], {"obs": obs, "targets": torch.randn(2, 4)}, args, 9)
+    ppg.auxiliary_phase(agent, adams(agent)["policy"], inputs(obs) | {"targets": torch.randn(2, 4)}, args, 9)
     in_bf16 = {"fp32": 0, "bf16-aux": 1, "bf16": 3}[precision]
     assert dtypes == (3 - in_bf16) * [{torch.float32}] + in_bf16 * [{torch.bfloat16}]
     assert set(others) == {dtype for row in losses for dtype in row.values()} == {torch.float32}
@@ -532,7 +537,7 @@ def test_rollout_stores_what_the_environment_showed(monkeypatch, time_limit):
         envs.finished.clear()
         observations = torch.zeros(4, 8, 64, 64, 3, dtype=torch.uint8)
         rollout = ppg.collect_rollout(agent, tracker, observations, CPU)
-        assert rollout.observations.data_ptr() == observations.data_ptr()
+        assert rollout.inputs["obs"].data_ptr() == observations.data_ptr()
         stored = (observations, rollout.actions, rollout.rewards, rollout.firsts)
         for t, (seen, actions, rewards, done, next_seen) in zip(range(8), envs.history, strict=True):
             for tensor, expected in zip(stored, (seen, actions, rewards, firsts)):
@@ -584,7 +589,7 @@ def test_updates_match_a_loop_over_samples(tmp_path, arch, clip_coef, kl_coef):
     rollout = random_rollout(agent, 3, 4)
     advantages = 1000 + 0.1 * torch.randn(3, 4)  # too far from 0 for the moments to be taken in float32
     targets = torch.randn(3, 4)
-    obs = rollout.observations.flatten(0, 1)
+    obs = rollout.inputs["obs"].flatten(0, 1)
     old_logits = call(agent, obs).policy.detach()
     normalized = ((advantages - advantages.double().mean()) / advantages.double().std(correction=0)).float()
     constants = [x.flatten() for x in (rollout.actions, rollout.log_probs, normalized)]
@@ -617,7 +622,7 @@ def test_updates_match_a_loop_over_samples(tmp_path, arch, clip_coef, kl_coef):
     explained = 1 - (targets - rollout.values[:, :-1]).var() / targets.var()
     assert metrics["losses/explained_variance"] == pytest.approx(float(explained), abs=1e-4)
     trained.load_state_dict(agent.state_dict())
-    metrics = ppg.auxiliary_phase(trained, sgd, {"obs": rollout.observations, "targets": targets}, args, 9)
+    metrics = ppg.auxiliary_phase(trained, sgd, rollout.inputs | {"targets": targets}, args, 9)
     expected, means = two_slow_updates(agent, auxiliary_losses, [200, 1, 0.7])
     assert_same_change(weights(trained), weights(expected), weights(agent))
     found = [metrics[f"losses/aux/{name}"] for name in ("kl_loss", "aux_value_loss", "real_value_loss")]
@@ -711,7 +716,7 @@ def example(tmp_path):
     advantages, targets = ppg.compute_gae(**trajectory, gamma=args.gamma, gae_lambda=args.gae_lambda)
     output = call(agent, observations.flatten(0, 1))
     log_probs += output.policy.detach().log_softmax(-1)[range(64), actions.flatten()].view(4, 16)
-    rollout = ppg.Rollout(observations, actions, log_probs, values, torch.zeros(4, 16), rewards, firsts, [])
+    rollout = ppg.Rollout(inputs(observations), actions, log_probs, values, torch.zeros(4, 16), rewards, firsts, [])
     adam = torch.optim.Adam(agent.parameters(), args.learning_rate, eps=args.adam_eps)
     return types.SimpleNamespace(**locals())
 
@@ -840,7 +845,7 @@ def run_update(agent, optimizer, data, args, max_segments=512, auxiliary=False):
     rollout, advantages, targets = data
     torch.manual_seed(7)
     if auxiliary:
-        states = {"obs": rollout.observations, "targets": targets}
+        states = rollout.inputs | {"targets": targets}
         metrics = ppg.auxiliary_phase(agent, optimizer, states, args, max_segments)
     else:
         optimizers = dict.fromkeys(("policy_and_value", "value", "policy"), optimizer)
@@ -876,13 +881,14 @@ def test_first_ratio_is_one_and_first_kl_is_zero(tmp_path, monkeypatch, arch, pr
     args = make_args(tmp_path, "--num-envs", 8)
     agent = make_agent(arch, precision)
     tracker = ppg.EpisodeTracker(Signpost(8), seed=1)
-    rollout = ppg.collect_rollout(agent, tracker, torch.empty(8, 4, 64, 64, 3, dtype=torch.uint8), CPU)
+    for _ in range(3):  # a memory is 0 in the first
+        rollout = ppg.collect_rollout(agent, tracker, torch.empty(8, 4, 64, 64, 3, dtype=torch.uint8), CPU)
     run_update(agent, torch.optim.Adam(agent.parameters(), 1e-2), (rollout, *torch.randn(2, 8, 4)), args)
     kls = column(losses, "losses/approx_kl")
     assert abs(kls[0]) < 1e-6 < kls[1]
     agent = make_agent(arch, precision)
     data = random_data(agent, 8, 2)
-    still, moving = (torch.optim.SGD(agent.parameters(), rate) for rate in (0.0, 0.01))
+    still, moving = (torch.optim.SGD(agent.parameters(), rate) for rate in (0.0, 0.1))
     for segments, max_segments in ((8, 512), (2, 512), (4, 2), (4, 1)):
         args = make_args(tmp_path, "--num-aux-rollouts", segments, "--e-auxiliary", 1)
         _, metrics = run_update(agent, still, data, args, max_segments, auxiliary=True)
@@ -922,7 +928,7 @@ def test_auxiliary_epochs(tmp_path):
     args = make_args(tmp_path, "--n-iteration", 4, "--num-aux-rollouts", 4, "--e-auxiliary", 3)
     agent = make_agent("shared")
     rollout, *others = random_data(agent, 16, 2)
-    rollout.observations[:] = torch.arange(16, dtype=torch.uint8).view(16, 1, 1, 1, 1)  # each names its segment
+    rollout.inputs["obs"][:] = torch.arange(16, dtype=torch.uint8).view(16, 1, 1, 1, 1)  # each names its segment
     seen = []
     agent.register_forward_pre_hook(lambda _, inputs: seen.extend(inputs[0]["obs"][:, 0, 0, 0, 0].tolist()))
     optimizer = torch.optim.Adam(agent.parameters(), 1e-3)
@@ -963,7 +969,7 @@ def test_the_phases_get_the_right_data(tmp_path, monkeypatch, clip):
         torch.testing.assert_close(used_estimates, estimates)
         own = slice(4 * (i % 2), 4 * (i % 2) + 4)  # iterations one after the other, environments within them
         observations, targets = phases[i // 2]
-        assert torch.equal(observations[own], rollout.observations)
+        assert torch.equal(observations[own], rollout.inputs["obs"])
         torch.testing.assert_close(targets[own], estimates[1])
 
 
@@ -1045,7 +1051,7 @@ def test_gradients_are_averaged_in_one_collective(monkeypatch):
 
 def test_same_seed_same_run(tmp_path, monkeypatch):
     """A seed determines a run on Procgen to the bit; another seed has other levels, weights and metrics."""
-    seen = spy(monkeypatch, "collect_rollout", lambda _, rollout: rollout.observations[:, 0].clone())
+    seen = spy(monkeypatch, "collect_rollout", lambda _, rollout: rollout.inputs["obs"][:, 0].clone())
     flags = ("--num-steps", 8, *phases(0.5))  # a phase
     runs = [train(tmp_path / name, "--seed", seed, *flags) for name, seed in (("a", 1), ("b", 1), ("c", 2))]
     assert_same_run(*runs[:2])
@@ -1117,9 +1123,9 @@ def make_updates(path):
     own = slice(ppg.RANK * num_envs, (ppg.RANK + 1) * num_envs)
     scale = torch.arange(1.0, 5)[:, None]  # the environments, hence the processes, are unlike
     rollout, advantages, targets = random_data(make_agent(), 4, 4)
-    # The last two environments alone are so far from the policy that the KL of all is beyond --target-kl.
     rollout = rollout._replace(log_probs=rollout.log_probs + (scale > 2), rewards=scale * rollout.rewards)
-    rollout = ppg.Rollout(*(tensor[own] for tensor in rollout[:-1]), [])
+    own_inputs = {name: tensor[own] for name, tensor in rollout.inputs.items()}
+    rollout = ppg.Rollout(own_inputs, *(tensor[own] for tensor in rollout[1:-1]), [])
     data = rollout, (scale * (advantages + scale))[own], (scale * targets)[own]
     sizes = ("--num-envs", num_envs, "--n-iteration", 1, "--num-minibatches", 1, "--num-aux-rollouts", num_envs)
 
@@ -1150,7 +1156,7 @@ def in_each_process(path):
     ppg.start_process(make_args(path))
     results = make_updates(path)
     agents = spy(patch, "Agent", lambda _, agent: agent)
-    seen = spy(patch, "collect_rollout", lambda _, rollout: rollout.observations[:, 0].clone())
+    seen = spy(patch, "collect_rollout", lambda _, rollout: rollout.inputs["obs"][:, 0].clone())
     short = ("--num-steps", 8, "--arch", "dual")
     seeds = spy(patch, "collect_rollout", lambda *_: torch.initial_seed())
     train(path / "whole", *short, *phases(1, 2))
@@ -1419,7 +1425,7 @@ def test_bad_environments_are_found(monkeypatch, fault, words):
 
 def test_environment_flags_reach_the_training(tmp_path, monkeypatch):
     """Game, mode, number of levels and first level decide what the training sees."""
-    starts = spy(monkeypatch, "collect_rollout", lambda _, rollout: rollout.observations[:, 0].clone())
+    starts = spy(monkeypatch, "collect_rollout", lambda _, rollout: rollout.inputs["obs"][:, 0].clone())
     base = ("--total-timesteps", 32, "--checkpoint-interval", 0, "--num-levels", 1, "--start-level", 5)
     others = [("--env-id", "maze"), ("--distribution-mode", "hard"), ("--start-level", 6), ("--num-levels", 0)]
     for i, flags in enumerate([(), *others]):
@@ -1533,8 +1539,14 @@ def test_runs_that_stay_as_they_are(copied, monkeypatch, capsys):
     os.close(other_process)
     assert status == 2 and f"error: another process is writing to {copied}" in said and contents(copied) == before
     saved = read_checkpoint(copied)
+    larger = saved["modules"] | {"agent": saved["modules"]["agent"] | {"gru.weight": torch.zeros(1)}}
+    torch.save(saved | {"modules": larger}, copied / "checkpoint.pt")
+    for flag in ("--resume", "--evaluate"):
+        status, said = ending(capsys, flag, copied)
+        assert status == 2 and f"error: 'agent' in the checkpoint of {copied} is another script's" in said
     torch.save(saved | {"modules": {"agent": saved["modules"]["agent"]}}, copied / "checkpoint.pt")
-    assert "lacks 'policy_and_value'" in ending(capsys, "--resume", copied, *phases(4))[1]
+    status, said = ending(capsys, "--resume", copied, *phases(4))
+    assert status == 2 and f"error: 'policy_and_value' in the checkpoint of {copied} is another script's" in said
     (copied / "checkpoint.pt").write_bytes(before["checkpoint.pt"])  # all else is as before
     monkeypatch.setattr(time, "time", lambda: int(copied.name[-10:]))
     status, said = ending(capsys, *TINY, *LEVELS, "--runs-dir", copied.parent)
@@ -1949,14 +1961,14 @@ def after_both_updates(rollout, args):
     device = ppg.start_process(args)
     agent = make_agent(precision=args.precision).to(device)
     buffer = ppg.allocate_observations(1, IMAGES, device, args)
-    buffer[0] = rollout.observations
+    buffer[0] = rollout.inputs["obs"]
     moved = {name: getattr(rollout, name).to(device) for name in ("actions", "log_probs", "values")}
-    rollout = rollout._replace(observations=buffer[0], **moved)
+    rollout = rollout._replace(inputs=inputs(buffer[0]), **moved)
     torch.manual_seed(1)
     advantages, targets = torch.randn(2, args.num_envs, args.num_steps).to(device)
     sgd = torch.optim.SGD(agent.parameters(), 0.003)  # Adam would enlarge the rounding of gradients near 0
     metrics = ppg.policy_update(agent, {"policy_and_value": sgd}, rollout, advantages, targets, args, 2)
-    metrics |= ppg.auxiliary_phase(agent, sgd, {"obs": buffer[0], "targets": targets}, args, 2)
+    metrics |= ppg.auxiliary_phase(agent, sgd, rollout.inputs | {"targets": targets}, args, 2)
     return buffer, weights(agent).cpu(), metrics
 
 
