@@ -134,6 +134,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--precision", choices=("auto", "bf16", "bf16-aux", "fp32"), default="auto", help=precisions)
     passes = "segments in a pass at most: bounds the memory of activations; 0 = by device and T"
     add("--segments-per-pass", type=count_or_0, default=0, help=passes)
+    compiled = "torch.compile the network and the step of a rollout: faster on a GPU, slower on a CPU"
+    add("--compile", action=switch, default=False, help=compiled)
 
     args = parser.parse_args(argv)
     if args.resume is not None or args.evaluate is not None:
@@ -234,6 +236,13 @@ class Agent(nn.Module):
                 value_features = value_features.detach()
             values = self.value_head(value_features).view(batch_shape)
         return Output(policy, aux_values, values)
+
+    def act(self, batch: dict) -> tuple[Tensor, Tensor, Output]:
+        """Draws actions [N, ...] from pi(. | s); their log-probabilities [N]; what the network gave."""
+        output = self(batch)
+        pi = action_distribution(output.policy)
+        actions = pi.sample()
+        return actions, pi.log_prob(actions), output
 
 
 def action_distribution(policy: Tensor) -> Distribution:
@@ -493,10 +502,7 @@ def collect_rollout(agent: Agent, tracker: EpisodeTracker, observations: Tensor,
     for t in range(num_steps):
         observations[:, t] = tracker.obs
         firsts[:, t] = tracker.firsts
-        output = agent(tracker.inputs(device))
-        pi = action_distribution(output.policy)
-        actions[:, t] = pi.sample()
-        log_probs[:, t] = pi.log_prob(actions[:, t])
+        actions[:, t], log_probs[:, t], output = agent.act(tracker.inputs(device))
         values[:, t] = output.values
         step = tracker.step(actions[:, t])
         rewards[:, t] = step.rewards
@@ -618,6 +624,10 @@ def train(args: argparse.Namespace) -> dict:
     reward_normalizer = RewardNormalizer(args.num_envs, args.reward_norm_gamma, args.reward_clip)
     spaces = (envs.single_observation_space, envs.single_action_space)
     agent = Agent(*spaces, args.arch, args.precision).to(device)
+    if args.compile:
+        agent.compile(dynamic=False)
+        # A rollout's step is some hundred small kernels: a CUDA graph launches them at once.
+        agent.act = torch.compile(agent.act, mode="reduce-overhead", fullgraph=True, dynamic=False)
     # Adam scales a step by recent gradients: losses that take turns have one each (policy and values, if E_pi
     # and E_V differ, and the auxiliary phase), those that step together share one (O: ppo.py). Each knows all
     # parameters, and skips those that its losses gave no gradient.
@@ -829,7 +839,7 @@ SAVED_OF_RUN = ("phase", "iteration", "global_step", "episodes", "recent", "char
 FREE_FLAGS = (  # those that do not change what is learned: they may differ beside --resume and --evaluate
     "resume", "evaluate", "total_timesteps", "cuda", "track", "wandb_project_name", "wandb_entity",
     "capture_video", "runs_dir", "checkpoint_interval", "eval_interval", "eval_episodes", "segments_per_pass",
-    *FREE_ENVIRONMENT_FLAGS)  # fmt: skip
+    "compile", *FREE_ENVIRONMENT_FLAGS)  # fmt: skip
 
 
 def number(text: str, kind: type = float, low: float = 0, high: float = 2e9) -> float:

@@ -666,7 +666,7 @@ def test_gradient_norm_is_clipped(tmp_path):
 
 @pytest.mark.parametrize("flags", [("--arch", "dual"), ("--arch", "detach"), PPO, *(
     pytest.param((*flags, "--cuda"), marks=needs_gpu)
-    for flags in (("--precision", "fp32"), ("--precision", "bf16-aux"), PPO)
+    for flags in (("--precision", "fp32"), ("--precision", "bf16-aux"), PPO, ("--compile",))
 )])  # fmt: skip
 def test_learns(tmp_path, flags):
     """The action that the picture names is found from pixels and rewards: 90 % of the best return."""
@@ -1219,6 +1219,31 @@ def test_two_processes_update_as_one(two_processes):
     assert all(math.isnan(x["nan"][1]["losses/value_loss"]) for x in results_of_both)
 
 
+def test_compiled_it_is_the_same_run(tmp_path, monkeypatch):
+    """--compile takes the network and a rollout's step, each without a break; what it traces is the same to the bit."""
+    traced = []
+
+    def trace_alone(function, backend="aot_eager", mode=None, **options):  # no code is generated, no CUDA graph
+        traced.append((function.__name__, mode))
+        return real(function, backend=backend, **options)
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    flags = ("--arch", "dual", "--e-value", 2, *phases(2))
+    plain = train(tmp_path / "plain", *flags)
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", trace_alone)
+    compiled = train(tmp_path / "compiled", *flags, "--compile")
+    assert traced == [("_call_impl", None), ("act", "reduce-overhead")]
+    (rows, expected), (compiled_rows, found) = learned(plain), learned(compiled)
+    assert compiled_rows == rows and expected.keys() <= found.keys()
+    assert all(np.array_equal(leaf, found[name]) for name, leaf in expected.items())
+    for name in found.keys() - expected.keys():  # a head that no loss uses gets gradient 0, where it had none
+        assert "/step" in name or not found[name].any()
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] >= 5 and not counters["graph_break"]
+
+
 @pytest.mark.parametrize("flags", [
     "--arch dual", "--arch detach --e-policy 2 --max-grad-norm 1 --segments-per-pass 1", shlex.join(map(str, PPO)),
     "--arch dual --clip-coef 0 --kl-coef 1 --e-value 2 --anneal-lr", "--arch shared --num-steps 2 --e-auxiliary 2",
@@ -1263,7 +1288,7 @@ DEFAULTS = {
     "gamma": 0.999, "gae_lambda": 0.95, "reward_norm_gamma": 0.99, "reward_clip": 10.0, "clip_coef": 0.2,
     "kl_coef": 0.0, "ent_coef": 0.01, "vf_coef": 0.5, "max_grad_norm": 0.0, "e_auxiliary": 6,
     "beta_clone": 1.0, "aux_vf_coef": 1.0, "aux_learning_rate": 5e-4, "num_aux_rollouts": 4, "precision": "auto",
-    "segments_per_pass": 0,
+    "segments_per_pass": 0, "compile": False,
 }  # fmt: skip
 BAD_INPUT = {
     "--num-minibatches 3": "must divide --num-envs, 64", "--num-aux-rollouts 3": "must divide N x N_pi, 2048",
@@ -1333,7 +1358,7 @@ def test_flags(monkeypatch, capsys):
     assert end.value.code == 0 and {name.replace("-", "_") for name in helps} == set(DEFAULTS)
     assert min(map(len, helps.values())) > 10 and len(set(helps.values())) == len(helps)
     assert helps["env-id"] == ", ".join(line.split()[0] for line in RETURNS.split(","))
-    for name in ("torch-deterministic", "cuda", "track", "capture-video", "anneal-lr"):
+    for name in ("torch-deterministic", "cuda", "track", "capture-video", "anneal-lr", "compile"):
         assert vars(ppg.parse_args([f"--{name}"]))[name.replace("-", "_")] is True
         assert vars(ppg.parse_args([f"--no-{name}"]))[name.replace("-", "_")] is False
     other = ppg.parse_args(["--v-value", "3", "--total-timesteps", "1e6"])
@@ -2026,7 +2051,7 @@ def test_a_resumed_run_goes_on_on_a_gpu(tmp_path, monkeypatch):
     saved = read_checkpoint(run_dir)["modules"]["agent"]
     agents = spy(monkeypatch, "collect_rollout", lambda given, _: copy.deepcopy(given["agent"].state_dict()))
     resume(run_dir, *phases(2))
-    assert len(agents) == 2 and all(torch.equal(agents[0][name].cpu(), saved[name]) for name in saved)
+    assert len(agents) == 2 and all(torch.equal(agents[0][name], saved[name].cuda()) for name in saved)
     assert {tensor.device.type for tensor in agents[0].values()} == {"cuda"}
     assert [row["iteration"] for row in read_rows(run_dir)] == [1, 2, 3, 4]
     modules = read_checkpoint(run_dir)["modules"]
