@@ -999,7 +999,7 @@ def test_learning_rates_fall_over_the_whole_run(tmp_path, monkeypatch, flags, co
 LEARNING_FLAGS = """--learning-rate 1e-3, --adam-eps 1e-3, --gamma 0.5, --gae-lambda 0.5, --reward-norm-gamma 0.5,
 --reward-clip 0.5, --clip-coef 0.01, --kl-coef 1, --ent-coef 0.5, --vf-coef 1, --max-grad-norm 0.1, --e-policy 2,
 --e-value 2, --e-auxiliary 2, --beta-clone 9, --aux-vf-coef 2, --aux-learning-rate 1e-3, --num-aux-rollouts 4,
---num-minibatches 1, --n-iteration 1, --num-steps 4, --arch detach, --precision bf16, --anneal-lr, --seed 3"""
+--num-minibatches 1, --n-iteration 1, --num-steps 4, --arch detach, --precision bf16-aux, --anneal-lr, --seed 3"""
 
 
 @pytest.fixture(scope="module")
