@@ -33,6 +33,7 @@ import sys
 import time
 import types
 import weakref
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -45,6 +46,7 @@ ppg = importlib.import_module(Path(__file__).stem.removeprefix("test_"))
 gym = ppg.gym  # imported by itself it prints a page
 SCRIPT = Path(ppg.__file__)
 README = SCRIPT.with_name("README.md")
+RESULTS = README.parent / ".github/results/README.md"
 ARCHS = ("dual", "detach", "shared")
 PPO = ("--arch", "shared", "--e-policy", 3, "--e-value", 3, "--e-auxiliary", 0)
 CPU = torch.device("cpu")
@@ -1883,7 +1885,7 @@ needs_readme = pytest.mark.skipif(not README.exists(), reason="a copy without it
 @needs_readme
 def test_readme_commands(on_levels):
     """Every command is understood, on the pages beside results too."""
-    pages = [README, README.parent / ".github/results/README.md"]
+    pages = [README, RESULTS]
     for page in pages:
         text = page.read_text().replace("$game", "starpilot")
         commands = re.findall(r"(?:python|torchrun [^`\n]*?|uv run) ppg_procgen\.py([^`\n&|#>;]*)", text)
@@ -1920,9 +1922,21 @@ def test_readme_draws_curves(tmp_path, monkeypatch, evaluated):
     names["draw"](names["own"], "evaluations", [str(evaluated / "metrics.jsonl")], metric="eval/all_levels_return")
     drawn = names["own"].lines[-1].get_ydata().tolist()
     assert drawn == [row["eval/all_levels_return"] for row in read_rows(evaluated) if "eval/all_levels_return" in row]
-    exec(readme_block("The picture", path=README.parent / ".github/results/README.md"), names)  # noqa: S102
+    exec(readme_block("The picture", path=RESULTS), names)  # noqa: S102
     assert [len(axes.lines) for axes in names["panels"].flat] == [6, 6, 7, 8]
     assert Path("curves.png").stat().st_size > 10_000
+    exec(readme_block("The picture", 1, path=RESULTS), names)  # noqa: S102
+    assert [len(axes.get_legend().texts) for axes in names["panels"].flat] == [3, 2, 2, 2, 2, 3]
+
+
+@needs_readme
+def test_results_by_phase(monkeypatch, capsys):
+    """Every mean that the page's code computes from the rows stands in its tables."""
+    monkeypatch.chdir(README.parent)
+    exec(readme_block("PPG and PPO, easy levels", path=RESULTS), {})  # noqa: S102
+    means = Counter(re.findall(r" (\d+\.\d\d)", capsys.readouterr().out))
+    cells = Counter(re.findall(r"\| (\d+\.\d\d)(?= )", RESULTS.read_text()))
+    assert means.total() > 50 and means <= cells
 
 
 @needs_readme
